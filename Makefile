@@ -2,7 +2,7 @@
 # make test       set everything up, check everything
 # make readme     write README.md and the files that the notebook shows, from the notebook
 # make lock       resolve the lock files anew (needs uv)
-# make clean      remove build/
+# make clean      remove build/, with the environment
 
 .PHONY: tutorial test readme lock clean
 SHELL := /bin/bash
@@ -11,31 +11,34 @@ SHELL := /bin/bash
 
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && echo $$p && break; done)
-PIP = build/venv/bin/python -m pip install --quiet --disable-pip-version-check
-export PATH := $(CURDIR)/build/venv/bin:$(PATH)
+# Ray can't start from an environment whose path has a space in it.
+VENV := $(if $(word 2,$(CURDIR)),$(HOME)/.cache/llama-3.1-8b-tutorial,$(CURDIR)/build)/venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check
+export PATH := $(VENV)/bin:$(PATH)
 # What the caller's shell says of Python must not reach into the tutorial's own.
 unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 
-tutorial: build/venv/tutorial
-	@status=0
+tutorial: $(VENV)/tutorial
+	@mkdir -p build
+	status=0
 	papermill notebook.ipynb build/notebook.ipynb --kernel python3 --cwd . --log-output --no-progress-bar || status=$$?
 	jupyter nbconvert --to html --log-level WARN build/notebook.ipynb
 	echo "Executed notebook: build/notebook.ipynb, page: build/notebook.html"
 	exit $$status
 
-test: build/venv/test
+test: $(VENV)/test
 	@python -m pytest ci --durations=0
 
-readme: build/venv/test
+readme: $(VENV)/test
 	python ci/sync.py
 	jupyter nbconvert --config ci/nbconvert_config.py notebook.ipynb
 	ruff format ci tiny_llama notebook.ipynb
 
-build/venv/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requirements.lock tiny_llama/vllm_alias/pyproject.toml
+$(VENV)/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requirements.lock tiny_llama/vllm_alias/pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "The tutorial needs Python 3.11 or 3.12. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; fi
-	echo "Setting up build/venv with $$($(PYTHON) --version). This takes a few minutes."
-	rm -rf build/venv
-	$(PYTHON) -m venv build/venv
+	echo "Setting up $(VENV) with $$($(PYTHON) --version). This takes a few minutes."
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
 	if nvidia-smi -L > /dev/null 2>&1; then
 		$(PIP) -r requirements.txt
 	else
@@ -46,7 +49,7 @@ build/venv/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requireme
 	fi
 	touch $@
 
-build/venv/test: build/venv/tutorial ci/requirements.lock
+$(VENV)/test: $(VENV)/tutorial ci/requirements.lock
 	@$(PIP) --no-deps --require-hashes -r ci/requirements.lock
 	touch $@
 
@@ -59,4 +62,4 @@ lock:
 	$(LOCK) ci/requirements.in -c tiny_llama/requirements.lock -o ci/requirements.lock
 
 clean:
-	rm -rf build
+	rm -rf build $(VENV)

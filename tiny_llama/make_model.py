@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 MODEL_DIR = Path(__file__).resolve().parent.parent / "build" / "tiny-llama"
 
@@ -132,6 +133,7 @@ def main() -> None:
     finished = MODEL_DIR / "config.json"
     if finished.exists() and finished.stat().st_mtime > Path(__file__).stat().st_mtime:
         return
+    disable_progress_bar()
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
