@@ -22,7 +22,7 @@ tutorial: $(VENV)/tutorial
 	@mkdir -p build
 	status=0
 	papermill notebook.ipynb build/notebook.ipynb --kernel python3 --cwd . --log-output --no-progress-bar || status=$$?
-	jupyter nbconvert --to html --log-level WARN build/notebook.ipynb
+	jupyter nbconvert --to html --CoalesceStreamsPreprocessor.enabled=True --log-level WARN build/notebook.ipynb
 	echo "Executed notebook: build/notebook.ipynb, page: build/notebook.html"
 	exit $$status
 

@@ -12,8 +12,14 @@ llm_config = LLMConfig(
     # Unset, any GPU will do. On a cluster with several types, name one: L4, A10G, H100, ...
     accelerator_type=os.environ.get("ACCELERATOR_TYPE"),
     deployment_config=dict(
-        # Without a target, Ray Serve LLM never adds a replica, whatever max_replicas says.
-        autoscaling_config=dict(min_replicas=1, max_replicas=2, target_ongoing_requests=64),
+        autoscaling_config=dict(
+            min_replicas=1,
+            max_replicas=2,
+            # Without a target, Ray Serve LLM never adds a replica, whatever max_replicas says.
+            target_ongoing_requests=64,
+            upscale_delay_s=10,
+            downscale_delay_s=300,
+        ),
     ),
     engine_kwargs=dict(max_model_len=8192),
 )

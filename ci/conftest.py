@@ -1,6 +1,8 @@
 """What the tests share: the repository, its notebook, and what runs on the machine."""
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -40,24 +42,30 @@ def run(*command: str, timeout_s: float = 300, **env: str) -> subprocess.Complet
     )
 
 
-def processes_and_ports() -> set[str]:
-    """Each process and each listening TCP port on this machine, as readable text."""
+OURS = re.compile(
+    r"bin/(ray|serve|vllm) |/ray/(core|dashboard|autoscaler|_private)/|ray::|VLLM::|bin/haproxy|ipykernel"
+)
+
+
+def what_the_tutorial_runs() -> set[str]:
+    """Each process of the kinds that the tutorial starts, with the TCP ports that it listens on, as readable text."""
     found = set()
-    for process in psutil.process_iter(["pid", "ppid", "name", "cmdline"]):
-        if process.info["ppid"] != 2:  # Kernel threads come and go.
-            found.add(f"process {process.info['pid']} {' '.join(process.info['cmdline'] or [process.info['name']])}")
-    for connection in psutil.net_connections(kind="tcp"):
-        if connection.status == psutil.CONN_LISTEN:
-            found.add(f"port {connection.laddr.ip}:{connection.laddr.port}")
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if OURS.search(command):
+            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                listening = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+                ports = sorted(c.laddr.port for c in listening)
+                found.add(f"{process.info['pid']} {command[:200]}, ports {ports}")
     return found
 
 
 @pytest.fixture
 def nothing_left_behind():
-    """Fails the test when a process or a listening port that it started is still there ten seconds after its end."""
-    before = processes_and_ports()
+    """Fails the test when a process that it started is still there fifteen seconds after its end."""
+    before = what_the_tutorial_runs()
     yield
-    deadline = time.monotonic() + 10
-    while (left := processes_and_ports() - before) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 15
+    while (left := what_the_tutorial_runs() - before) and time.monotonic() < deadline:
         time.sleep(1)
     assert not left, "\n".join(sorted(left))
