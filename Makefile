@@ -1,10 +1,11 @@
 # make tutorial   set everything up, execute the notebook, write build/notebook.html
 # make test       set everything up, check everything
+# make benchmark  measure variants of the deployment side by side: make benchmark VARIANTS="tutorial vllm-serve"
 # make readme     write README.md and the files that the notebook shows, from the notebook
 # make lock       resolve the lock files anew (needs uv)
 # make clean      remove build/, with the environment
 
-.PHONY: tutorial test readme lock clean
+.PHONY: tutorial test benchmark readme lock clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -27,7 +28,10 @@ tutorial: $(VENV)/tutorial
 	exit $$status
 
 test: $(VENV)/test
-	@python -m pytest ci --durations=0
+	@python -m pytest ci -rs --durations=10
+
+benchmark: $(VENV)/tutorial
+	@python -m benchmarks.run $(VARIANTS)
 
 readme: $(VENV)/test
 	python ci/sync.py

@@ -87,6 +87,13 @@ def test_every_figure_is_saved(executed):
     assert {file.name for file in (ROOT / "build" / "figures").iterdir()} == FIGURES
 
 
+def test_stand_in_has_the_kv_cache_that_the_notebook_predicts(executed):
+    found = re.search(r"KV cache size: ([\d,]+) tokens", (ROOT / "build" / "serve.log").read_text())
+    config = json.loads((ROOT / "build" / "tiny-llama" / "config.json").read_text())
+    per_token = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    assert int(found[1].replace(",", "")) == pytest.approx(2**30 / per_token, rel=0.03)
+
+
 def test_load_failed_nowhere(load):
     assert load.failed == 0 and load.completed == 400
 
