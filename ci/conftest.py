@@ -13,7 +13,8 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "ci")]
+sys.path[:0] = [str(ROOT)]
+sys.path.append(str(ROOT / "ci"))  # Last: ci/anyscale must not hide the package.
 
 
 @pytest.fixture(scope="session")
