@@ -32,7 +32,8 @@ tutorial: $(VENV)/tutorial
 	exit $$status
 
 tutorial-on-image-versions:
-	@$(MAKE) tutorial VENV=$(VENV)-image LOCKED=tiny_llama/image.lock
+	@# Ray 2.59.0's HAProxy wants 50,036 file descriptors, which not every machine grants. This is what newer ones want.
+	RAY_SERVE_HAPROXY_MAXCONN=4096 $(MAKE) tutorial VENV=$(VENV)-image LOCKED=tiny_llama/image.lock
 
 test: $(VENV)/test
 	@python -m pytest ci -rs --durations=10 --disable-warnings
@@ -53,7 +54,7 @@ template: $(VENV)/test
 readme: $(VENV)/test
 	python ci/sync.py
 	jupyter nbconvert --config ci/nbconvert_config.py notebook.ipynb
-	ruff format ci tiny_llama notebook.ipynb
+	ruff format --quiet --config ci/ruff.toml .
 
 LOCKED ?= tiny_llama/requirements.lock
 $(VENV)/tutorial: requirements.txt tiny_llama/torch.lock $(LOCKED) tiny_llama/vllm_alias/pyproject.toml
