@@ -1,6 +1,7 @@
 # make tutorial   set everything up, execute the notebook, write build/notebook.html
 # make tutorial-on-image-versions   the same without a GPU, on the Ray and vLLM of the image in the Dockerfile
 # make test       set everything up, check everything
+# make soak       ten minutes of mixed load on the stand-in: nothing fails, nothing leaks
 # make benchmark  measure variants of the deployment side by side: make benchmark VARIANTS="tutorial vllm-serve"
 # make figures    draw images/ from the records in benchmarks/results
 # make readme     write README.md and the files that the notebook shows, from the notebook
@@ -9,7 +10,7 @@
 # make lock       resolve the lock files anew (needs uv)
 # make clean      remove build/, with the environment
 
-.PHONY: tutorial tutorial-on-image-versions test benchmark figures docs template readme lock clean
+.PHONY: tutorial tutorial-on-image-versions test soak benchmark figures docs template readme lock clean
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -36,7 +37,10 @@ tutorial-on-image-versions:
 	RAY_SERVE_HAPROXY_MAXCONN=4096 $(MAKE) tutorial VENV=$(VENV)-image LOCKED=tiny_llama/image.lock
 
 test: $(VENV)/test
-	@python -m pytest ci -rs --durations=10 --disable-warnings
+	@python -m pytest ci -m "not soak" -rs --durations=10 --disable-warnings
+
+soak: $(VENV)/test
+	@python -m pytest ci -m soak -rA --disable-warnings
 
 benchmark: $(VENV)/tutorial
 	@python -m benchmarks.run $(VARIANTS)

@@ -17,6 +17,10 @@ sys.path[:0] = [str(ROOT)]
 sys.path.append(str(ROOT / "ci"))  # Last: ci/anyscale must not hide the package.
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: ten minutes of load, with `make soak`")
+
+
 @pytest.fixture(scope="session")
 def notebook() -> nbformat.NotebookNode:
     return nbformat.read(ROOT / "notebook.ipynb", as_version=4)
@@ -27,6 +31,18 @@ def cell(notebook):
     """The source of the cell with a given id."""
     sources = {cell.id: cell.source for cell in notebook.cells}
     return sources.__getitem__
+
+
+@pytest.fixture(scope="session")
+def quoted(cell):
+    """Check that what the troubleshooting section quotes was really said. `...` in a quotation stands for anything."""
+
+    def quoted(quotation: str, said: str) -> None:
+        assert f'"{quotation}"' in cell("troubleshooting"), f"The text doesn't quote: {quotation}"
+        pattern = ".*".join(map(re.escape, quotation.split("...")))
+        assert re.search(pattern, " ".join(said.split())), f"{quotation}\nis quoted, but this was said:\n{said}"
+
+    return quoted
 
 
 def run(*command: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:

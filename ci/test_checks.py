@@ -49,11 +49,12 @@ def test_any_gpu_means_the_real_app(execute, gpu, name, wanted):
 
 
 @pytest.mark.parametrize("name, wanted", [("NVIDIA H200", "L4"), ("NVIDIA L40S", "L4"), ("NVIDIA A10G", "A100")])
-def test_gpu_of_another_type_than_configured(execute, gpu, name, wanted):
+def test_gpu_of_another_type_than_configured(execute, gpu, quoted, name, wanted):
     gpu(name)
     result = execute("check-gpu", ACCELERATOR_TYPE=wanted)
     assert result.returncode == 1
     assert f"RuntimeError: ACCELERATOR_TYPE is {wanted}, but this machine has ['{name}']. Unset it" in result.stdout
+    quoted("ACCELERATOR_TYPE is ..., but this machine has ...", result.stdout)
 
 
 def test_an_anyscale_workspace_gets_its_gpu_on_demand(execute, gpu):
@@ -87,11 +88,12 @@ def hub():
 
 
 @pytest.mark.parametrize("token", ["", "hf_stranger"])
-def test_gated_model_without_access(execute, gpu, hub, token):
+def test_gated_model_without_access(execute, gpu, hub, quoted, token):
     gpu("NVIDIA L4")
     result = execute("check-gpu", "check-model", HF_ENDPOINT=hub, HF_TOKEN=token)
     assert result.returncode == 1
     assert "RuntimeError: meta-llama/Llama-3.1-8B-Instruct is gated. Request access at" in result.stdout
+    quoted("... is gated. Request access at ...", result.stdout)
     assert not token or token not in result.stdout
 
 
@@ -108,11 +110,34 @@ def test_local_model_needs_no_access(execute, gpu, tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-def test_taken_port(execute):
+def test_taken_port(execute, quoted):
     with socket.create_server(("127.0.0.1", 8000)):
         result = execute("check-gpu", "check-ports")
     assert result.returncode == 1
     assert "RuntimeError: Port 8000 is taken. `ss -ltnp 'sport = :8000'` says by which program." in result.stdout
+    quoted("Port ... is taken.", result.stdout)
+
+
+def test_serve_commands_without_ray(quoted):
+    result = run("serve", "deploy", "--address", "http://127.0.0.1:9", "serve_config.yaml")
+    assert result.returncode == 1
+    quoted("Failed to connect to Ray at address: ...", result.stdout)
+
+
+def test_checkpoint_that_was_cut_off_is_made_anew(tmp_path):
+    """With a limit on the size of files, which stands for a full disk, nothing is left that looks finished."""
+    program = (
+        "import sys, pathlib, tiny_llama.make_model as m; m.train = lambda *_: None; "
+        "m.MODEL_DIR = pathlib.Path(sys.argv[1]); m.main()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "tiny-llama")]
+    result = run("prlimit", "--fsize=1000000", *command)
+    assert result.returncode == 1 and "File too large" in result.stdout, result.stdout
+    assert not (tmp_path / "tiny-llama").exists()
+    result = run(*command)
+    assert result.returncode == 0, result.stdout
+    assert (tmp_path / "tiny-llama" / "model.safetensors").stat().st_size > 1_000_000
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny-llama"]
 
 
 def test_make_names_the_pythons_it_needs():

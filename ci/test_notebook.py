@@ -59,7 +59,7 @@ def test_cells_are_short(notebook):
     lengths = {cell.id: len(cell.source.splitlines()) for cell in code_cells(notebook)}
     assert 15 <= len(lengths) <= 32
     assert sorted(lengths.values())[int(0.9 * len(lengths))] <= 25, lengths
-    assert max(lengths.values()) <= 30, lengths
+    assert max(lengths.values()) <= 35, lengths
 
 
 def test_headings_are_unique_and_links_to_them_resolve(notebook):
@@ -70,6 +70,14 @@ def test_headings_are_unique_and_links_to_them_resolve(notebook):
     assert len(anchors) == len(set(anchors)), f"Headings that occur twice: {sorted(anchors)}"
     broken = set(re.findall(r"\]\(#([^)]*)\)", text)) - set(anchors)
     assert not broken, f"Links to headings that don't exist: {broken}"
+
+
+def test_each_quoted_message_is_provoked_or_says_what_it_takes(cell):
+    tests = "".join(file.read_text() for file in (ROOT / "ci").glob("test_*.py"))
+    rows = re.findall(r"^- \*\*(?:\d+, )?\"(.*?)\"\*\*(.*)$", cell("troubleshooting"), flags=re.M)
+    assert len(rows) > 12
+    for quotation, explanation in rows:
+        assert (f'quoted("{quotation}"' in tests) != ("(This takes " in explanation), quotation
 
 
 def test_token_appears_nowhere_when_the_app_is_imported():

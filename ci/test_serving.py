@@ -6,6 +6,7 @@ The tests build on each other: each finds the app as the one before it left it.
 import contextlib
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -21,7 +22,9 @@ import schemathesis
 import yaml
 from conftest import ROOT, run, what_the_tutorial_runs
 from hypothesis import HealthCheck, Phase, given, settings
+from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 
 pytestmark = pytest.mark.timeout(900)
 URL = "http://127.0.0.1:8000"
@@ -42,6 +45,8 @@ def cluster(cell, tmp_path_factory):
     token_file = tmp_path_factory.mktemp("huggingface") / "token"
     token_file.write_text(TOKEN_IN_FILE)
     os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
+    os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
+    os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
     for name in ("check-gpu", "check-model", "check-ports", "start-ray"):
         exec(cell(name), names)
     try:
@@ -92,17 +97,18 @@ def complete(**changes) -> requests.Response:
 
 @contextlib.contextmanager
 def load(clients: int = 4, **changes):
-    """Send completions all the time. Yields a list that grows by (start, end, outcome) of each, in seconds."""
+    """Send completions all the time. Yields a list that grows by (start, end, outcome, text) of each, in seconds."""
     outcomes, stop = [], threading.Event()
 
     def send():
         while not stop.wait(0.1):
             start_s = time.monotonic()
             try:
-                outcome = complete(**changes).status_code
+                answer = complete(**changes)
+                outcome, text = answer.status_code, answer.text
             except requests.RequestException as error:
-                outcome = type(error).__name__
-            outcomes.append((start_s, time.monotonic(), outcome))
+                outcome, text = type(error).__name__, str(error)
+            outcomes.append((start_s, time.monotonic(), outcome, text))
 
     with ThreadPoolExecutor(clients) as pool:
         for _ in range(clients):
@@ -116,25 +122,49 @@ def load(clients: int = 4, **changes):
 def report(what: str, outcomes: list, since_s: float) -> list:
     """Print one line for the table of faults, and return the requests that failed."""
     failed = [one for one in outcomes if one[2] != 200]
-    until_s = max([end_s for _, end_s, _ in failed], default=since_s) - since_s
+    until_s = max([one[1] for one in failed], default=since_s) - since_s
     print(f"{what}: {len(outcomes)} sent, {len(failed)} failed {dict(Counter(one[2] for one in failed))}")
     print(f"  the last failure ended after {until_s:.0f} s, the longest wait for an answer was", end=" ")
-    print(f"{max(end_s - start_s for start_s, end_s, outcome in outcomes if outcome == 200):.0f} s")
+    print(f"{max(one[1] - one[0] for one in outcomes if one[2] == 200):.0f} s")
     return failed
+
+
+def server_status() -> dict:
+    """What `serve status` says of the model's deployment; empty values before it knows it."""
+    applications = yaml.safe_load(run("serve", "status").stdout)["applications"]
+    nothing = {"status": "", "replica_states": {}, "message": ""}
+    return applications.get("default", {}).get("deployments", {}).get("LLMServer:my-llama-3_1-8b", nothing)
 
 
 def running_replicas() -> int:
     """How many replicas of the model Ray Serve says are running; 0 while they are being changed."""
-    application = yaml.safe_load(run("serve", "status").stdout.split("target_capacity")[0])["applications"]["default"]
-    states = application["deployments"]["LLMServer:my-llama-3_1-8b"]
-    return states["replica_states"].get("RUNNING", 0) if states["status"] == "HEALTHY" else 0
+    status = server_status()
+    return status["replica_states"].get("RUNNING", 0) if status["status"] == "HEALTHY" else 0
+
+
+def test_commands_from_another_ray_and_without_its_token(cluster, quoted):
+    # Only the number is another one.
+    program = "import ray; ray.__version__ = '2.59.0'; ray.init(address='auto')"
+    quoted("Version mismatch: The cluster was started with: ...", run("python", "-c", program).stdout)
+    result = run("serve", "status", RAY_AUTH_MODE="disabled")
+    assert result.returncode != 0
+    quoted("Authentication required: Unauthorized: Missing authentication token", result.stdout)
+
+
+def test_app_that_asks_for_a_gpu_waits_and_says_so(cluster, quoted, tmp_path):
+    deploy("serve_llama_3_1_8b:app", tmp_path)
+    message = wait_for(lambda: server_status()["message"], "message of the deployment", 120)
+    quoted("... replicas that have taken more than ... to be scheduled.", message)
 
 
 @pytest.fixture(scope="module")
 def served(cluster, tmp_path_factory):
-    """The stand-in's app, deployed from the file, and answering."""
+    """The stand-in's app, deployed from the file, and answering. Its value is what was said of it on the way."""
     deploy("tiny_llama.app:app", tmp_path_factory.mktemp("served"))
+    messages = []
+    wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
     wait_for(lambda: complete().status_code == 200, "completion")
+    return "\n".join(messages)
 
 
 def processes(name: str) -> list[psutil.Process]:
@@ -146,7 +176,8 @@ def metric(name: str) -> float:
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
-def test_app_of_the_config_file_listens_on_loopback_only(served):
+def test_app_of_the_config_file_listens_on_loopback_only(served, quoted):
+    quoted("... replicas that have taken more than ... to initialize.", served)
     listening = run("ss", "-ltnH", "sport = :8000 or ( sport >= :30000 and sport <= :31000 )").stdout
     addresses = {line.split()[3].rpartition(":")[0] for line in listening.splitlines()}
     assert addresses == {"127.0.0.1"}, listening
@@ -239,18 +270,13 @@ def test_bad_request_gets_an_error_that_blames_the_client(served, name):
     assert processes(ENGINE) == before and complete().status_code == 200
 
 
-@pytest.mark.parametrize(
-    "name, quoted",
-    [
-        ("unknown model", "The model `...` does not exist."),
-        ("prompt longer than the context", "This model's maximum context length is 8192 tokens."),
-    ],
-)
-def test_troubleshooting_quotes_the_real_message(served, cell, name, quoted):
-    assert quoted in cell("troubleshooting")
-    path, body = BAD_REQUESTS[name]
-    said = requests.post(f"{URL}{path}", json=body, timeout=60).json()["error"]["message"]
-    assert re.match(re.escape(quoted).replace(re.escape("..."), ".*"), said), said
+def test_troubleshooting_quotes_the_messages(served, quoted):
+    def said(name: str) -> str:
+        path, body = BAD_REQUESTS[name]
+        return requests.post(f"{URL}{path}", json=body, timeout=60).json()["error"]["message"]
+
+    quoted("The model `...` does not exist.", said("unknown model"))
+    quoted("This model's maximum context length is 8192 tokens.", said("prompt longer than the context"))
 
 
 # Defects of the pinned versions, by endpoint. The engine survives them.
@@ -308,23 +334,29 @@ def test_requests_of_a_client_that_leaves_end(served, headers):
     assert 0 < tokens() - before < 16_000, "They ran to their end, which is after 32,000 tokens"
 
 
-def test_more_than_a_replica_takes_on_is_told_to_come_back(served):
+def test_more_than_a_replica_takes_on_is_told_to_come_back(served, quoted):
     from tiny_llama.app import llm_config
 
     limits = llm_config.deployment_config
     accepted = limits["max_ongoing_requests"] + limits["max_queued_requests"]
     with ThreadPoolExecutor(accepted + 80) as pool:
         sent = [pool.submit(complete, max_tokens=256, ignore_eos=True) for _ in range(accepted + 80)]
+        wait_for(lambda: any(one.done() and one.result().status_code == 429 for one in sent), "refusal")
+        patient = OpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=20).completions.with_raw_response.create(
+            **COMPLETION
+        )
     answers = [one.result() for one in sent]
     counts = Counter(answer.status_code for answer in answers)
-    print("Overload:", dict(counts))
+    print(f"Overload: {dict(counts)}, a client that came back {patient.retries_taken} times has its answer")
     assert set(counts) == {200, 429} and counts[200] >= accepted
-    assert {answer.headers["Retry-After"] for answer in answers if answer.status_code == 429} == {"5"}
+    refused = [answer for answer in answers if answer.status_code == 429]
+    assert {answer.headers["Retry-After"] for answer in refused} == {"5"} and patient.retries_taken >= 1
+    quoted("Request dropped due to backpressure", refused[0].text)
     assert complete().status_code == 200
 
 
 @pytest.mark.parametrize("victim", [ENGINE, REPLICA])
-def test_only_replica_is_replaced(served, victim):
+def test_only_replica_is_replaced(served, quoted, victim):
     [process] = processes(victim)
     with load() as outcomes:
         time.sleep(3)
@@ -334,11 +366,25 @@ def test_only_replica_is_replaced(served, victim):
         time.sleep(5)
         wait_for(lambda: running_replicas() == 1 and complete().status_code == 200, "replacement", 400)
     report(f"{victim} killed, one replica", outcomes, killed_s)
-    assert all(outcome == 200 for start_s, _, outcome in outcomes if start_s < killed_s - 2)
+    assert all(one[2] == 200 for one in outcomes if one[0] < killed_s - 2)
+    if victim == ENGINE:
+        quoted("EngineCore encountered an issue.", next(one[3] for one in outcomes if one[2] == 500))
     assert len(processes(ENGINE)) == 1 and process.pid not in {p.pid for p in processes(victim)}
 
 
-def test_update_without_surge_interrupts_and_brings_a_key(served, tmp_path):
+def test_silent_router_means_503(served, quoted):
+    [router] = processes("ray::ServeReplica:default:LLMRouter")
+    router.suspend()
+    try:
+        answer = complete()
+    finally:
+        router.resume()
+    assert answer.status_code == 503
+    quoted("Ingress request router failed", answer.text)
+    wait_for(lambda: complete().status_code == 200, "completion")
+
+
+def test_update_without_surge_interrupts_and_brings_a_key(served, quoted, tmp_path):
     began_s = time.monotonic()
     with load() as outcomes:
         deploy("ci.api_key_app:app", tmp_path)
@@ -352,6 +398,8 @@ def test_update_without_surge_interrupts_and_brings_a_key(served, tmp_path):
             for method in ("GET", "POST"):
                 answer = requests.request(method, f"{URL}{path}", json=CHAT, headers=wrong, timeout=30)
                 assert answer.status_code == 401, f"{method} {path} with {wrong}: {answer.status_code}"
+    quoted("Wrong or missing API key", answer.text)
+    assert not "/invocations".startswith(GUARDED_PREFIX), "vLLM's own api_key covers it now: say so in the text"
     assert complete().status_code == 200
 
 
@@ -393,6 +441,63 @@ def stream_is_whole(lines) -> bool:
     return False
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1200)
+def test_ten_minutes_of_mixed_load_fail_nothing_and_leak_nothing(served):
+    """`make soak`. The first two minutes fill caches and pools; the rest is compared with what they left."""
+    chance, outcomes, memory_mib = random.Random(0), Counter(), []
+    stream = {**COMPLETION, "ignore_eos": True, "stream": True}
+
+    def send(kind: str) -> str:
+        if kind == "malformed":
+            return f"refused with {complete(max_tokens=-1).status_code}"
+        if kind in ("short", "long"):
+            return str(complete(max_tokens=8 if kind == "short" else 1000, ignore_eos=True).status_code)
+        with requests.post(
+            f"{URL}/v1/completions", json=stream | {"max_tokens": 300}, stream=True, timeout=60
+        ) as answer:
+            lines = answer.iter_lines()
+            if kind == "cancelled":
+                return "left" if next(lines).startswith(b"data: ") else "no stream"
+            return "whole" if stream_is_whole(lines) else "broken"
+
+    def client():
+        while time.monotonic() < end_s:
+            kind = chance.choice(["short", "long", "streamed", "cancelled", "malformed"])
+            try:
+                outcomes[kind, send(kind)] += 1
+            except requests.RequestException as error:
+                outcomes[kind, type(error).__name__] += 1
+
+    end_s = time.monotonic() + 600
+    with ThreadPoolExecutor(8) as pool:
+        clients = [pool.submit(client) for _ in range(8)]
+        while time.monotonic() < end_s:
+            time.sleep(15)
+            named = re.compile(
+                r"ray::ServeReplica|ray::ServeController|ray::HAProxy|VLLM::|bin/haproxy|raylet/raylet|gcs_server"
+            )
+            found = {p.pid: (p.info["cmdline"], p.memory_info().rss / 2**20) for p in psutil.process_iter(["cmdline"])}
+            found = {(pid, named.search(" ".join(c or []))): mib for pid, (c, mib) in found.items()}
+            memory_mib.append({f"{name[0]} {pid}": mib for (pid, name), mib in found.items() if name})
+    assert all(one.result() is None for one in clients)
+    print(dict(outcomes))
+    good = {
+        ("short", "200"),
+        ("long", "200"),
+        ("streamed", "whole"),
+        ("cancelled", "left"),
+        ("malformed", "refused with 400"),
+    }
+    assert set(outcomes) == good and min(outcomes.values()) > 50
+    wait_for(lambda: metric("ray_vllm_num_requests_running") == 0, "end of the last requests", 60)
+    assert memory_mib[8].keys() == memory_mib[-1].keys()
+    growth = {name: memory_mib[-1][name] / mib - 1 for name, mib in memory_mib[8].items()}
+    for name in growth:
+        print(f"{name}: {memory_mib[8][name]:.0f} MiB after two minutes, {memory_mib[-1][name]:.0f} at the end")
+    assert max(growth.values()) < 0.05, growth
+
+
 def test_secrets_and_prompts_are_in_no_log(served):
     """The exceptions are those that the text names."""
     token = (Path.home() / ".ray" / "auth_token").read_text().strip()
@@ -413,11 +518,15 @@ def test_secrets_and_prompts_are_in_no_log(served):
 
 def test_answers_under_way_may_finish(served):
     long = {**COMPLETION, "max_tokens": 8000, "n": 4, "ignore_eos": True, "stream": True}
-    with requests.post(f"{URL}/v1/completions", json=long, stream=True, timeout=60) as response:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        requests.post(f"{URL}/v1/completions", json=long, stream=True, timeout=60) as response,
+    ):
         lines = response.iter_lines()
         assert next(lines).startswith(b"data: ")
         began_s = time.monotonic()
-        assert run("serve", "shutdown", "-y").returncode == 0
-        assert stream_is_whole(lines)
-    print(f"The stream ended {time.monotonic() - began_s:.0f} s after the shutdown began")
+        shutdown = pool.submit(run, "serve", "shutdown", "-y")
+        finished = sum(b'"finish_reason":"length"' in line for line in lines)
+        print(f"The stream ended {time.monotonic() - began_s:.0f} s after the shutdown began")
+        assert finished == 4 and shutdown.result().returncode == 0
     wait_for(lambda: not processes(REPLICA) and not processes(ENGINE), "end of the replicas")

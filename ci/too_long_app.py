@@ -1,8 +1,9 @@
-"""An app that can't start: the tiny model with a longer context than its position embeddings allow."""
+"""An app that can't start: the tiny model with a context whose KV cache exceeds the memory for it."""
 
 from ray.serve.llm import LLMConfig, build_openai_app
 
 from tiny_llama.app import settings
 
-settings["engine_kwargs"]["max_model_len"] = 1_000_000
+settings["engine_kwargs"]["max_model_len"] = 2_000_000
+settings["runtime_env"]["env_vars"]["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
 app = build_openai_app({"llm_configs": [LLMConfig(**settings)]})

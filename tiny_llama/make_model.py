@@ -7,6 +7,7 @@ Usage: python -m tiny_llama.make_model    (does nothing where build/tiny-llama i
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import torch
@@ -139,9 +140,11 @@ def main() -> None:
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens", flush=True)
     train(model, tokenizer)
-    tokenizer.save_pretrained(MODEL_DIR)
-    model.to(torch.bfloat16).save_pretrained(MODEL_DIR)
-    finished.touch()  # Last: it marks a finished checkpoint.
+    partial = MODEL_DIR.with_name(MODEL_DIR.name + ".partial")
+    tokenizer.save_pretrained(partial)
+    model.to(torch.bfloat16).save_pretrained(partial)
+    shutil.rmtree(MODEL_DIR, ignore_errors=True)
+    partial.rename(MODEL_DIR)  # Last: a checkpoint that is there is whole.
 
 
 if __name__ == "__main__":
