@@ -62,9 +62,14 @@ def test_image_switches_on_what_the_launch_cell_does(cell, dockerfile):
 
 
 def test_serve_config_is_valid_and_stays_on_this_machine(service):
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
-    config = ServeDeploySchema.model_validate(yaml.safe_load((ROOT / "serve_config.yaml").read_text()))
+    raw = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
+    config = ServeDeploySchema.model_validate(raw)
+    # Ray ignores a key that it doesn't know.
+    parts = (raw, ServeDeploySchema), (raw["http_options"], HTTPOptionsSchema)
+    for part, schema in (*parts, *((application, ServeApplicationSchema) for application in raw["applications"])):
+        assert set(part) <= set(schema.model_fields), f"serve_config.yaml: {set(part) - set(schema.model_fields)}"
     assert config.http_options.host == "127.0.0.1"
     assert config.applications[0].import_path == service.applications[0]["import_path"] == "serve_llama_3_1_8b:app"
 
