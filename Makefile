@@ -6,7 +6,7 @@
 # make figures    draw images/ from the records in benchmarks/results
 # make readme     write README.md and the files that the notebook shows, from the notebook
 # make docs       build the docs page, from README.md and from the notebook
-# make template   assemble the folder for Anyscale's template gallery in build/template
+# make template   assemble the folders for Anyscale's template gallery in build/template, and run its tests.sh there
 # make lock       resolve the lock files anew (needs uv)
 # make clean      remove build/, with the environment
 
@@ -54,6 +54,8 @@ docs: $(VENV)/test
 
 template: $(VENV)/test
 	python -m ci.anyscale.assemble build/template
+	cd build/template/templates/deployment-serve-llm
+	bash ../../tests/deployment-serve-llm/tests.sh
 
 readme: $(VENV)/test
 	python ci/sync.py

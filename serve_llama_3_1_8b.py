@@ -20,12 +20,12 @@ llm_config = LLMConfig(
             upscale_delay_s=10,
             downscale_delay_s=300,
         ),
-        # What a replica takes on, and how many more wait for it. Any others are told at once to come back later.
+        # What each replica admits, and how many more wait for it. Any others are told at once to come back later.
         max_ongoing_requests=256,
         max_queued_requests=64,
         backpressure_config=dict(status_code=429, retry_after_s=5),
-        health_check_period_s=2,  # A dead engine is noticed after three failed checks.
-        graceful_shutdown_timeout_s=300,  # Answers under way may finish. The default cuts them off after 20 s.
+        health_check_period_s=2,
+        graceful_shutdown_timeout_s=120,  # What answers under way have to finish. HAProxy gives them no more.
     ),
     # With its commit pinned, the repository's owner can't change the weights under you.
     engine_kwargs=dict(max_model_len=8192, revision=pinned.get(model_source)),

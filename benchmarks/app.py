@@ -12,9 +12,13 @@ def variant_settings() -> dict:
     settings = importlib.import_module(os.environ["BENCHMARK_BASE"]).llm_config.model_dump(exclude_unset=True)
     for name, value in json.loads(os.environ["BENCHMARK_CHANGES"]).items():
         settings[name] = {**settings.get(name, {}), **value}
-    settings["deployment_config"] = {"num_replicas": 1}  # One replica under any load.
+    del settings["deployment_config"]["autoscaling_config"]
+    settings["deployment_config"]["num_replicas"] = 1  # Under any load
     return settings
 
 
 if "BENCHMARK_BASE" in os.environ:
-    app = build_openai_app({"llm_configs": [LLMConfig(**variant_settings())]})
+    ingress = json.loads(os.environ["BENCHMARK_INGRESS"])
+    app = build_openai_app(
+        {"llm_configs": [LLMConfig(**variant_settings())]} | ({"ingress_deployment_config": ingress} if ingress else {})
+    )

@@ -87,7 +87,8 @@ class Server:
 @contextlib.contextmanager
 def running(name: str, variant: dict, index: int, base: str, changes: dict, model: str, log: Path):
     """A server of the variant on port 8000 + `index`, starting. It ends with the context."""
-    port, settings = 8000 + index, {"BENCHMARK_BASE": base, "BENCHMARK_CHANGES": json.dumps(changes)}
+    port, ingress = 8000 + index, json.dumps(variant.get("ingress_deployment_config"))
+    settings = {"BENCHMARK_BASE": base, "BENCHMARK_CHANGES": json.dumps(changes), "BENCHMARK_INGRESS": ingress}
     if variant.get("server") == "vllm":
         flags = []
         for flag, value in engine_kwargs_of(json.dumps(settings)).items():

@@ -12,6 +12,7 @@ from anyscale.client.openapi_client.models.supportedbaseimagesenum import SUPPOR
 from anyscale.compute_config.models import ComputeConfig
 from anyscale.service.models import ServiceConfig
 from conftest import ROOT, run
+from ray.serve._private.constants import RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, RAY_SERVE_HAPROXY_MAXCONN
 
 from ci.anyscale.assemble import assemble
 
@@ -58,7 +59,12 @@ def test_service_excludes_what_exists_or_is_made(service):
 
 def test_image_switches_on_what_the_launch_cell_does(cell, dockerfile):
     launch = dict(re.findall(r'os.environ\["(RAY_SERVE_\w+)"\] = "(1)"', cell("start-ray")))
-    assert dict(re.findall(r"(RAY_SERVE_\w+)=(\S+)", dockerfile)) == launch and len(launch) == 3
+    terminal = dict(re.findall(r"export (RAY_SERVE_\w+)=(\S+)", cell("about-serve-deploy")))
+    image = dict(re.findall(r"(RAY_SERVE_\w+)=(\S+)", dockerfile))
+    # Ray 2.60.0's own default; tutorial-on-image-versions sets it, too.
+    assert image.pop("RAY_SERVE_HAPROXY_MAXCONN") == str(RAY_SERVE_HAPROXY_MAXCONN)
+    assert f"RAY_SERVE_HAPROXY_MAXCONN={RAY_SERVE_HAPROXY_MAXCONN} $(MAKE)" in (ROOT / "Makefile").read_text()
+    assert image == terminal == launch and len(launch) == 3
 
 
 def test_serve_config_is_valid_and_stays_on_this_machine(service):
@@ -72,6 +78,21 @@ def test_serve_config_is_valid_and_stays_on_this_machine(service):
         assert set(part) <= set(schema.model_fields), f"serve_config.yaml: {set(part) - set(schema.model_fields)}"
     assert config.http_options.host == "127.0.0.1"
     assert config.applications[0].import_path == service.applications[0]["import_path"] == "serve_llama_3_1_8b:app"
+
+
+def test_serve_compares_the_file_only_and_notices_a_variable_in_it():
+    from ray.serve._private.deploy_utils import get_app_code_version
+    from ray.serve.schema import ServeApplicationSchema
+
+    application = yaml.safe_load((ROOT / "serve_config.yaml").read_text())["applications"][0]
+    same = get_app_code_version(ServeApplicationSchema(**application))
+    changed = ServeApplicationSchema(**application, runtime_env={"env_vars": {"VERSION": "2"}})
+    assert get_app_code_version(ServeApplicationSchema(**application)) == same != get_app_code_version(changed)
+
+
+def test_answers_get_no_longer_than_haproxy_gives_them(cell):
+    allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
+    assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120  # As the text says
 
 
 def parse(line: str) -> None:

@@ -178,9 +178,11 @@ def metric(name: str) -> float:
 
 def test_app_of_the_config_file_listens_on_loopback_only(served, quoted):
     quoted("... replicas that have taken more than ... to initialize.", served)
-    listening = run("ss", "-ltnH", "sport = :8000 or ( sport >= :30000 and sport <= :31000 )").stdout
-    addresses = {line.split()[3].rpartition(":")[0] for line in listening.splitlines()}
-    assert addresses == {"127.0.0.1"}, listening
+    sockets = [line.split()[3].rpartition(":") for line in run("ss", "-ltnH").stdout.splitlines()]
+    addresses = {address for address, _, port in sockets if port == "8000" or 30000 <= int(port) <= 31000}
+    assert addresses == {"127.0.0.1"}, sockets
+    everywhere = {port for address, _, port in sockets if address in ("0.0.0.0", "*", "[::]")}
+    assert {"8404", "9101", "8080", "44217", "44227"} <= everywhere, "The text says that metrics listen everywhere"
 
 
 def chat(**changes) -> tuple:
@@ -334,11 +336,10 @@ def test_requests_of_a_client_that_leaves_end(served, headers):
     assert 0 < tokens() - before < 16_000, "They ran to their end, which is after 32,000 tokens"
 
 
-def test_more_than_a_replica_takes_on_is_told_to_come_back(served, quoted):
-    from tiny_llama.app import llm_config
-
-    limits = llm_config.deployment_config
-    accepted = limits["max_ongoing_requests"] + limits["max_queued_requests"]
+def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
+    limits = re.findall(r"max_(?:ongoing|queued)_requests=(\d+)", cell("serve-app"))
+    accepted = sum(map(int, limits))
+    assert len(limits) == 2
     with ThreadPoolExecutor(accepted + 80) as pool:
         sent = [pool.submit(complete, max_tokens=256, ignore_eos=True) for _ in range(accepted + 80)]
         wait_for(lambda: any(one.done() and one.result().status_code == 429 for one in sent), "refusal")
@@ -492,10 +493,11 @@ def test_ten_minutes_of_mixed_load_fail_nothing_and_leak_nothing(served):
     assert set(outcomes) == good and min(outcomes.values()) > 50
     wait_for(lambda: metric("ray_vllm_num_requests_running") == 0, "end of the last requests", 60)
     assert memory_mib[8].keys() == memory_mib[-1].keys()
-    growth = {name: memory_mib[-1][name] / mib - 1 for name, mib in memory_mib[8].items()}
-    for name in growth:
-        print(f"{name}: {memory_mib[8][name]:.0f} MiB after two minutes, {memory_mib[-1][name]:.0f} at the end")
-    assert max(growth.values()) < 0.05, growth
+    before, after = memory_mib[8], memory_mib[-1]
+    for name, mib in before.items():
+        print(f"{name}: {mib:.0f} MiB after two minutes, {after[name]:.0f} at the end")
+    # 5 %, or 5 MiB where that is more: the raylet's 40 MiB come and go by three.
+    assert all(after[name] - mib < max(0.05 * mib, 5) for name, mib in before.items())
 
 
 def test_secrets_and_prompts_are_in_no_log(served):
