@@ -122,7 +122,10 @@ def draw_bound() -> plt.Figure:
                 limit = bound[CONCURRENCIES.index(concurrency)]
                 share = limit / measured if axis is left else measured / limit
                 offset = (8, -12) if (variant == "tutorial") == (axis is right) else (8, 4)
-                axis.annotate(f"{share:.0%}", (concurrency, measured), offset, textcoords="offset points", color=color)
+                label = axis.annotate(
+                    f"{share:.0%}", (concurrency, measured), offset, textcoords="offset points", color=color
+                )
+                label.set_bbox(dict(facecolor="white", edgecolor="none", pad=1))
     log_y(left, [2, 3, 5, 10, 20, 30])
     log_y(right, [200, 500, 1000, 2000, 5000, 10_000, 20_000])
     left.legend()
@@ -130,10 +133,10 @@ def draw_bound() -> plt.Figure:
     figure.suptitle(
         f"A lone request runs at {share:.0%} of what the memory's bandwidth allows. Load leaves more to gain"
     )
-    figure.supxlabel(
-        caption("tutorial", "fp8") + " Limits: from 4.8 TB/s and 989 (FP8: 1,979) TFLOP/s. Percent: of the limit",
-        fontsize="small",
-    )
+    kv_tokens = [f"{record(variant)['kv_cache_tokens']:,}" for variant in ("tutorial", "fp8")]
+    limits = " Limits: from 4.8 TB/s and 989 (FP8: 1,979) TFLOP/s. Percent: of the limit."
+    kv_cache = f"\nKV cache: {kv_tokens[0]} tokens, with FP8 weights {kv_tokens[1]}."
+    figure.supxlabel(caption("tutorial", "fp8") + limits + kv_cache, fontsize="small")
     return figure
 
 
