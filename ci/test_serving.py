@@ -419,18 +419,21 @@ def test_update_with_surge_fails_no_request(served, cell, tmp_path):
 
 def test_one_of_two_replicas_dies_and_later_requests_succeed(served):
     long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True, "stream": True}
-    with contextlib.ExitStack() as stack, load() as outcomes:
-        post = requests.post
-        streams = [stack.enter_context(post(f"{URL}/v1/completions", json=long, stream=True)) for _ in range(2)]
-        lines = [stream.iter_lines() for stream in streams]
-        assert all(next(line).startswith(b"data: ") for line in lines)
+    with contextlib.ExitStack() as stack:
+        lines = []
+        for _ in range(4):  # One after the other: the router deals them out in turn.
+            answer = requests.post(f"{URL}/v1/completions", json=long, stream=True, timeout=60)
+            lines.append(stack.enter_context(answer).iter_lines())
+            assert next(lines[-1]).startswith(b"data: ")
+        outcomes = stack.enter_context(load())
+        time.sleep(2)
         processes(REPLICA)[0].kill()
         killed_s = time.monotonic()
         whole = [stream_is_whole(line) for line in lines]
         time.sleep(3)
         wait_for(lambda: running_replicas() == 2, "second replica", 400)
         print(f"Two replicas again {time.monotonic() - killed_s:.0f} s after the death of one")
-    assert sorted(whole) == [False, True], "One stream of the two was on the replica that died"
+    assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
     failed = report("One of two replicas killed", outcomes, killed_s)
     assert not [one for one in failed if one[0] > killed_s + 1], failed
 
