@@ -180,5 +180,6 @@ def test_failed_deployment_shows_the_replicas_own_error(tmp_path, quoted, nothin
     )
     assert result.returncode != 0
     message = result.stdout.partition("RuntimeError: The deployment failed:")[2]
-    quoted("Engine core initialization failed. See root cause above.", message)
+    controller = "".join(file.read_text() for file in (SESSION / "logs" / "serve").glob("controller*.log"))
+    quoted("Engine core initialization failed. See root cause above.", controller)
     quoted("To serve at least one request with the model's max seq len (...), (... GiB KV cache is needed", message)
