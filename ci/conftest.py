@@ -77,12 +77,17 @@ def what_the_tutorial_runs() -> set[str]:
     return found
 
 
-@pytest.fixture
-def nothing_left_behind():
-    """Fails the test when a process that it started is still there fifteen seconds after its end."""
-    before = what_the_tutorial_runs()
-    yield
+def assert_nothing_left(before: set[str]) -> None:
+    """Fail when a process that wasn't there `before` is still there after fifteen seconds."""
     deadline = time.monotonic() + 15
     while (left := what_the_tutorial_runs() - before) and time.monotonic() < deadline:
         time.sleep(1)
     assert not left, "\n".join(sorted(left))
+
+
+@pytest.fixture
+def nothing_left_behind():
+    """Fails the test when a process that it started outlives it."""
+    before = what_the_tutorial_runs()
+    yield
+    assert_nothing_left(before)

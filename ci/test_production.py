@@ -12,7 +12,13 @@ from anyscale.client.openapi_client.models.supportedbaseimagesenum import SUPPOR
 from anyscale.compute_config.models import ComputeConfig
 from anyscale.service.models import ServiceConfig
 from conftest import ROOT, run
-from ray.serve._private.constants import RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S, RAY_SERVE_HAPROXY_MAXCONN
+from ray.llm._internal.serve.constants import DEFAULT_MAX_ONGOING_REQUESTS
+from ray.serve._private.constants import (
+    DEFAULT_HEALTH_CHECK_PERIOD_S,
+    RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S,
+    RAY_SERVE_HAPROXY_MAXCONN,
+    REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD,
+)
 
 from ci.anyscale.assemble import assemble
 
@@ -65,6 +71,8 @@ def test_image_switches_on_what_the_launch_cell_does(cell, dockerfile):
     assert image.pop("RAY_SERVE_HAPROXY_MAXCONN") == str(RAY_SERVE_HAPROXY_MAXCONN)
     assert f"RAY_SERVE_HAPROXY_MAXCONN={RAY_SERVE_HAPROXY_MAXCONN} $(MAKE)" in (ROOT / "Makefile").read_text()
     assert image == terminal == launch and len(launch) == 3
+    benchmark = (ROOT / "benchmarks" / "run.py").read_text()
+    assert all(f'"{name}": "1"' in benchmark for name in launch)
 
 
 def test_serve_config_is_valid_and_stays_on_this_machine(service):
@@ -90,9 +98,12 @@ def test_serve_compares_the_file_only_and_notices_a_variable_in_it():
     assert get_app_code_version(ServeApplicationSchema(**application)) == same != get_app_code_version(changed)
 
 
-def test_answers_get_no_longer_than_haproxy_gives_them(cell):
+def test_text_names_rays_defaults(cell):
+    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "admits a billion" in cell("about-config")
+    assert DEFAULT_HEALTH_CHECK_PERIOD_S == 10 and "instead of every ten" in cell("about-config")
+    assert REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 3 and "fails three of them" in cell("about-config")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
-    assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120  # As the text says
+    assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in cell("troubleshooting")
 
 
 def parse(line: str) -> None:

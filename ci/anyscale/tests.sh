@@ -18,7 +18,7 @@ mkdir -p build
 jupyter nbconvert --to notebook --output-dir build --output test.ipynb README.ipynb \
 	--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=skip-in-ci
 timeout 1700 papermill build/test.ipynb build/executed.ipynb --kernel python3 --cwd . --log-output --no-progress-bar 2>&1 | tee build/test.log
-# A session that was cut off has been reported as a success before.
+# A run that was cut off must not pass for a success.
 started=$(grep -c "Executing Cell" build/test.log)
 ended=$(grep -c "Ending Cell" build/test.log)
 if [ "$started" != "$ended" ]; then
