@@ -1,29 +1,18 @@
-"""What the tests share: the repository, its notebook, and what runs on the machine."""
+"""Fixtures that checks and tests share, and the table of promises at the end of a run."""
 
-import contextlib
 import os
 import re
-import subprocess
-import sys
-import time
-from pathlib import Path
 
-import nbformat
-import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT)]
-sys.path.append(str(ROOT / "ci"))  # Last: ci/anyscale must not hide the package.
+from ci.common import ROOT, headings, read_notebook
 
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: ten minutes of load, with `make soak`")
+REPOSITORY = "The repository"  # The section of what isn't on the page
 
 
 @pytest.fixture(scope="session")
-def notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "notebook.ipynb", as_version=4)
+def notebook():
+    return read_notebook()
 
 
 @pytest.fixture(scope="session")
@@ -45,49 +34,45 @@ def quoted(cell):
     return quoted
 
 
-def run(*command: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:
-    """Run `command` in the repository, with stdout and stderr together as text; `env` is added to the environment."""
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env={**os.environ, **env},
-        timeout=timeout_s,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        stdin=subprocess.DEVNULL,
-    )
+def pytest_collection_modifyitems(items):
+    """Each test says which section of the page it holds to its word. nbmake's own item is the page itself."""
+    known = {REPOSITORY, *headings(read_notebook())}
+    for item in items:
+        marker = item.get_closest_marker("section")
+        if marker is None and item.path.is_relative_to(ROOT / "ci"):
+            raise pytest.UsageError(f"{item.nodeid}: mark it with pytest.mark.section(...)")
+        if marker and marker.args[0] not in known:
+            raise pytest.UsageError(f"{item.nodeid}: the page has no section {marker.args[0]!r}")
 
 
-OURS = re.compile(
-    r"bin/(ray|serve|vllm) |/ray/(core|dashboard|autoscaler|_private)/|ray::|VLLM::|bin/haproxy|ipykernel"
-)
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    marker = item.get_closest_marker("section")
+    report.promise = (marker.args[0] if marker else REPOSITORY, item.originalname if marker else item.name)
 
 
-def what_the_tutorial_runs() -> set[str]:
-    """Each process of the kinds that the tutorial starts, with the TCP ports that it listens on, as readable text."""
-    found = set()
-    for process in psutil.process_iter(["pid", "cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if OURS.search(command):
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-                listening = [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-                ports = sorted(c.laddr.port for c in listening)
-                found.add(f"{process.info['pid']} {command[:200]}, ports {ports}")
-    return found
+def pytest_terminal_summary(terminalreporter):
+    """A line for each promise: the section of the page, the check, its cases, and the result."""
+    results, order = {}, [*headings(read_notebook()), REPOSITORY]
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in terminalreporter.stats.get(outcome, []):
+            if hasattr(report, "promise") and (report.when == "call" or outcome != "passed"):
+                results.setdefault(report.promise, []).append(outcome)
+    rows = [
+        (section, name.removeprefix("test_").replace("_", " "), len(outcomes), max(outcomes, key="passed".__ne__))
+        for (section, name), outcomes in sorted(results.items(), key=lambda one: order.index(one[0][0]))
+    ]
+    if rows:
+        terminalreporter.section("promises of the page, and what was found")
+        width = max(len(section) for section, *_ in rows)
+        for section, name, cases, outcome in rows:
+            terminalreporter.line(f"{outcome:7} {section:{width}}  {name}{f' ({cases} cases)' if cases > 1 else ''}")
 
 
-def assert_nothing_left(before: set[str]) -> None:
-    """Fail when a process that wasn't there `before` is still there after fifteen seconds."""
-    deadline = time.monotonic() + 15
-    while (left := what_the_tutorial_runs() - before) and time.monotonic() < deadline:
-        time.sleep(1)
-    assert not left, "\n".join(sorted(left))
-
-
-@pytest.fixture
-def nothing_left_behind():
-    """Fails the test when a process that it started outlives it."""
-    before = what_the_tutorial_runs()
-    yield
-    assert_nothing_left(before)
+def pytest_runtest_setup(item):
+    """Where CI says that nothing may be skipped, a missing program fails the tests that need it."""
+    if os.environ.get("NOTHING_SKIPPED"):
+        for marker in item.iter_markers("skipif"):
+            if marker.args[0]:
+                pytest.fail(f"NOTHING_SKIPPED is set, and {marker.kwargs['reason']}")

@@ -1,0 +1,97 @@
+"""The notebook, the files it shows, and the README agree, and keep the rules of the house. Seconds, no server."""
+
+import re
+import subprocess
+
+import pytest
+
+from ci.common import ROOT, code_cells, headings, run
+from ci.tools import sync
+
+pytestmark = pytest.mark.section("The repository")
+ACCOUNT_TAGS = {"skip-execution", "skip-in-ci"}  # nbmake and papermill read the first, Anyscale's runner the second.
+
+
+def test_files_are_those_of_the_notebook():
+    assert set(sync.files_in_notebook()) >= {"serve_llama_3_1_8b.py", "client.py", "service.yaml", "Dockerfile"}
+    assert not sync.differences(), "Edit the notebook, not the file, then run `make readme`:\n" + sync.differences()
+
+
+def test_readme_is_that_of_the_notebook(tmp_path):
+    convert = [
+        "jupyter",
+        "nbconvert",
+        "--config",
+        "ci/readme/nbconvert_config.py",
+        "--log-level",
+        "WARN",
+        "notebook.ipynb",
+    ]
+    result = run(*convert, "--output-dir", str(tmp_path))
+    assert result.returncode == 0, result.stdout
+    difference = run("diff", "-u", "README.md", str(tmp_path / "README.md")).stdout
+    assert not difference, "README.md is generated: edit the notebook, then run `make readme`.\n" + difference
+
+
+def test_readme_shows_no_notebook_syntax():
+    readme = (ROOT / "README.md").read_text()
+    assert readme.startswith("---\norphan: true\n---\n")
+    for trace in ("%%", "\x1b", "â€", "ðŸ"):  # Cell magics, ANSI colors, UTF-8 read as cp1252
+        assert trace not in readme
+    fences = re.findall(r"^```(.*)$", readme, flags=re.M)
+    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console"} and set(fences[1::2]) == {""}
+
+
+def test_notebook_holds_no_outputs(notebook):
+    held = [cell.id for cell in code_cells(notebook) if cell.outputs or cell.execution_count]
+    assert not held, f"Cells with outputs: {held}. Run `jupyter nbconvert --clear-output --inplace notebook.ipynb`."
+
+
+def test_shell_cells_fail_when_a_line_fails(notebook):
+    for cell in code_cells(notebook):
+        assert not re.search(r"^\s*!", cell.source, flags=re.M), f"{cell.id}: `!command` never fails its cell"
+        if cell.source.startswith("%%bash"):
+            assert "-euo pipefail" in cell.source.split("\n")[0], f"{cell.id}: use %%bash -euo pipefail"
+
+
+def test_only_cells_that_need_an_account_are_skipped(notebook):
+    for cell in code_cells(notebook):
+        needs_account = bool(re.search(r"^anyscale |\$SERVICE_", cell.source, flags=re.M))
+        tags = set(cell.metadata.get("tags", []))
+        assert tags == (ACCOUNT_TAGS if needs_account else set()), f"{cell.id}: tags {tags}"
+
+
+def test_cells_are_short(notebook):
+    lengths = {cell.id: len(cell.source.splitlines()) for cell in code_cells(notebook)}
+    assert 15 <= len(lengths) <= 32
+    assert sorted(lengths.values())[int(0.9 * len(lengths))] <= 25, lengths
+    assert max(lengths.values()) <= 35, lengths
+
+
+def test_headings_are_unique_and_links_to_them_resolve(notebook):
+    anchors = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings(notebook)]
+    assert len(anchors) == len(set(anchors)), f"Headings that occur twice: {sorted(anchors)}"
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    broken = set(re.findall(r"\]\(#([^)]*)\)", text)) - set(anchors)
+    assert not broken, f"Links to headings that don't exist: {broken}"
+
+
+def test_each_quoted_message_is_provoked_or_says_what_it_takes(cell):
+    tests = "".join(file.read_text() for file in (ROOT / "ci").rglob("test_*.py"))
+    rows = re.findall(r"^- \*\*(?:\d+, )?\"(.*?)\"\*\*(.*)$", cell("troubleshooting"), flags=re.M)
+    assert len(rows) > 12
+    for quotation, explanation in rows:
+        assert (f'quoted("{quotation}"' in tests) != ("(This takes " in explanation), quotation
+
+
+def test_no_secret_or_local_path_is_committed():
+    files = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
+    for name in filter(None, files):
+        found = re.search(rb"hf_[A-Za-z0-9]{30,}|/(?:root|home|work)/\w+", (ROOT / name).read_bytes())
+        assert not found or name == "ci/checks/test_notebook.py", f"{name}: {found[0]}"
+
+
+def test_lint():
+    for command in (["check"], ["format", "--check", "--diff"]):
+        result = run("ruff", *command, ".")
+        assert result.returncode == 0, result.stdout

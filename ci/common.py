@@ -1,0 +1,38 @@
+"""What checks and tests share: the repository, its notebook, and how to run a command in it."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def read_notebook() -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / "notebook.ipynb", as_version=4)
+
+
+def code_cells(notebook: nbformat.NotebookNode) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def headings(notebook: nbformat.NotebookNode) -> list[str]:
+    """The headings of the notebook's text, of every level, in order."""
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+
+
+def run(*command: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:
+    """Run `command` in the repository, with stdout and stderr together as text; `env` is added to the environment."""
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **env},
+        timeout=timeout_s,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+    )

@@ -1,0 +1,68 @@
+"""One Ray cluster for all of these tests, and the app on it. Each test finds the app as the one before it left it."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import requests
+
+from ci.common import ROOT, run
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tests.serving.app import (
+    API_KEY,
+    TOKEN_IN_FILE,
+    TOKEN_IN_VARIABLE,
+    complete,
+    deploy,
+    running_replicas,
+    server_status,
+    wait_for,
+)
+
+ORDER = (
+    """start listening bad_requests limits structured faults key update two_replicas soak secrets shutdown""".split()
+)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """In ORDER, each with its time limit."""
+    ours = [index for index, item in enumerate(items) if item.path.parent.name == "serving"]
+    ordered = sorted((items[i] for i in ours), key=lambda item: ORDER.index(item.path.stem.removeprefix("test_")))
+    for index, item in zip(ours, ordered, strict=True):
+        items[index] = item
+        if item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(900))
+
+
+@pytest.fixture(scope="package")
+def cluster(cell, tmp_path_factory):
+    """A Ray cluster, started and ended by the notebook's own cells. It knows secrets, which a test looks for later."""
+    before, environment, names = what_the_tutorial_runs(), dict(os.environ), {}
+    token_file = tmp_path_factory.mktemp("huggingface") / "token"
+    token_file.write_text(TOKEN_IN_FILE)
+    os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
+    os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
+    os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
+    for name in ("check-gpu", "check-model", "check-ports", "start-ray"):
+        exec(cell(name), names)
+    try:
+        # The dashboard, which `serve deploy` talks to, comes last.
+        wait_for(lambda: requests.get("http://127.0.0.1:8265", timeout=10) is not None, "dashboard", 90)
+        yield
+        assert run("serve", "shutdown", "-y").returncode == 0
+    finally:
+        exec(cell("stop-ray"), {**names, "ray": SimpleNamespace(shutdown=lambda: None)})
+        os.environ.clear()
+        os.environ.update(environment)
+    assert_nothing_left(before)
+
+
+@pytest.fixture(scope="package")
+def served(cluster, tmp_path_factory):
+    """The stand-in's app, deployed from the file, and answering. Its value is what was said of it on the way."""
+    deploy("tiny_llama.app:app", tmp_path_factory.mktemp("served"))
+    messages = []
+    wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
+    wait_for(lambda: complete().status_code == 200, "completion")
+    return "\n".join(messages)

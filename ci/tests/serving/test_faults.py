@@ -1,0 +1,46 @@
+"""The engine, the only replica or the router fails."""
+
+import time
+
+import pytest
+
+from ci.tests.serving.app import (
+    ROUTER,
+    complete,
+    engines,
+    load,
+    processes,
+    replicas,
+    report,
+    running_replicas,
+    wait_for,
+)
+
+
+@pytest.mark.section("Troubleshooting")
+@pytest.mark.parametrize("victims", [engines, replicas])
+def test_only_replica_is_replaced(served, quoted, victims):
+    [process] = victims()
+    with load() as outcomes:
+        time.sleep(3)
+        process.kill()
+        killed_s = time.monotonic()
+        wait_for(lambda: running_replicas() == 1 and complete().status_code == 200, "replacement", 400)
+    report(f"One replica, {victims.__name__} killed", outcomes, killed_s)
+    assert all(one[2] == 200 for one in outcomes if one[0] < killed_s - 2)
+    if victims == engines:
+        quoted("EngineCore encountered an issue.", next(one[3] for one in outcomes if one[2] == 500))
+    assert len(engines()) == 1 and process.pid not in {p.pid for p in victims()}
+
+
+@pytest.mark.section("Troubleshooting")
+def test_silent_router_means_503(served, quoted):
+    [router] = processes(ROUTER)
+    router.suspend()
+    try:
+        answer = complete()
+    finally:
+        router.resume()
+    assert answer.status_code == 503
+    quoted("Ingress request router failed", answer.text)
+    wait_for(lambda: complete().status_code == 200, "completion")

@@ -1,0 +1,27 @@
+"""A shutdown lets answers under way finish."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+
+from ci.common import run
+from ci.tests.serving.app import COMPLETION, URL, engines, replicas, wait_for
+
+
+@pytest.mark.section("Shut down the local deployment")
+def test_answers_under_way_may_finish(served):
+    long = {**COMPLETION, "max_tokens": 8000, "n": 4, "ignore_eos": True, "stream": True}
+    with (
+        ThreadPoolExecutor(1) as pool,
+        requests.post(f"{URL}/v1/completions", json=long, stream=True, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        assert next(lines).startswith(b"data: ")
+        began_s, running = time.monotonic(), replicas() + engines()
+        shutdown = pool.submit(run, "serve", "shutdown", "-y")
+        finished = sum(b'"finish_reason":"length"' in line for line in lines)
+        print(f"The stream ended {time.monotonic() - began_s:.0f} s after the shutdown began")
+        assert finished == 4 and shutdown.result().returncode == 0
+    wait_for(lambda: not any(p.is_running() for p in running), "end of the replicas and engines")

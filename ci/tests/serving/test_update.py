@@ -1,0 +1,24 @@
+"""An update with surge fails no request."""
+
+import re
+import time
+
+import pytest
+import requests
+import yaml
+
+from ci.tests.serving.app import URL, deploy, load, report, running_replicas, wait_for
+
+
+@pytest.mark.section("Keep the deployment in a file")
+def test_update_with_surge_fails_no_request(served, cell, tmp_path):
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", cell("about-serve-deploy"), flags=re.S)[1])
+    server, router = ({**one} for one in shown["deployments"])
+    assert (server.pop("name"), router.pop("name")) == ("LLMServer:my-llama-3_1-8b", "LLMRouter")
+    began_s = time.monotonic()
+    with load() as outcomes:
+        two = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
+        deploy("tiny_llama.app:app", tmp_path, server | two, router)
+        wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 200, "answer without a key", 400)
+        wait_for(lambda: running_replicas() == 2, "second replica", 400)
+    assert not report("Update to two replicas, with surge", outcomes, began_s)

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Resolve pyproject.toml's groups into ci/locks/ and requirements.txt: `make lock`. UPGRADE=1 takes the newest of what isn't pinned.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+# Each lock holds for Python 3.11 and later and for every platform, with hashes, and names no package index.
+compile=(uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate --no-header)
+[ -z "${UPGRADE:-}" ] || compile+=(--upgrade)
+lock() { # GROUP [FLAG...]
+	echo "ci/locks/$1.txt"
+	"${compile[@]}" --group "$@" -o "ci/locks/$1.txt"
+}
+# PyTorch's CPU build is ci/locks/torch.txt; the others are CUDA builds on PyPI, and a text model needs none of them.
+excludes=$(mktemp)
+trap 'rm -f "$excludes"' EXIT
+printf '%s\n' vllm torch torchvision torchaudio torchcodec triton nixl nixl-cu13 > "$excludes"
+lock setup
+lock gpu
+lock cpu --excludes "$excludes"
+lock image --excludes "$excludes"
+lock check -c ci/locks/cpu.txt
+lock test -c ci/locks/cpu.txt
+{
+	echo "# For a machine with an NVIDIA GPU: the group \"gpu\" of pyproject.toml, written by \`make lock\`."
+	echo "# ci/locks/gpu.txt pins what these need, too, with hashes."
+	uv pip compile --quiet --no-deps --no-annotate --no-header --no-strip-extras --group gpu
+} > requirements.txt
