@@ -13,7 +13,7 @@ unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE
 in = PATH="$(1)/bin:$$PATH"
 
 help: ## print this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1 | \2/p' Makefile | column -t -s '|'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 34
 
 tutorial: ## set up, execute the notebook, write build/notebook.html
 	@ci/tools/setup.sh tutorial "$(VENV)"

@@ -10,7 +10,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 NAME, FOLDER = "deployment-serve-llm", "templates/deployment-serve-llm/small-size-llm"
-LEFT_OUT = ("ci/", ".", "Makefile", "README.md", "notebook.ipynb")
+LEFT_OUT = ("ci/", ".", "benchmarks/", "Makefile", "README.md", "notebook.ipynb", "pyproject.toml", "CONTRIBUTING.md", "LICENSE")
 # The console shows the notebook without its folder, so that only absolute addresses work.
 ADDRESSES = {
     "images/": f"https://raw.githubusercontent.com/anyscale/templates/main/{FOLDER}/images/",

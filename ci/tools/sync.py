@@ -1,6 +1,6 @@
 """Write the files that notebook.ipynb shows in its %%writefile cells, or check that they agree.
 
-Usage: python ci/sync.py [--check]
+Usage: python ci/tools/sync.py [--check]
 """
 
 import argparse

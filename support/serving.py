@@ -1,0 +1,171 @@
+"""Start Ray and connect to it, build the app, wait for its first token, and end Ray again.
+
+ray.serve reads the launch variables when it is imported, so it is imported in the functions, after they are set.
+"""
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import openai
+import ray
+from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+
+from support.machine import STAND_IN, Machine
+
+URL, MODEL_ID = "http://localhost:8000", "my-llama-3.1-8b"
+FAST_PATH = ("RAY_SERVE_ENABLE_HA_PROXY", "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "RAY_SERVE_THROUGHPUT_OPTIMIZED")
+LOGS = Path("/tmp/ray/session_latest/logs")
+
+
+def start_ray(machine: Machine) -> tuple[subprocess.Popen | None, str]:
+    """Start a Ray of one node, unless one runs, and connect to it. Returns its process and the address to serve on.
+
+    Raises RuntimeError with Ray's own words when it doesn't start, ConnectionError when it isn't up after 90 s.
+    """
+    ray_head = None
+    if not machine.ray_was_running:
+        os.environ["RAY_metrics_report_interval_ms"] = "2000"  # For the section on monitoring. The default is 10 s.
+        # This Ray is alone. When it ends, no other node and no load balancer needs time to notice.
+        os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
+        os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+        cpus = max(8, os.cpu_count())  # What Ray may hand out. The app's processes share the cores of a small machine.
+        command = f"ray start --head --block --disable-usage-stats --metrics-export-port=8080 --num-cpus={cpus}"
+        Path("build").mkdir(exist_ok=True)
+        with open("build/ray.log", "w") as log:
+            ray_head = subprocess.Popen(
+                [
+                    "setpriv",
+                    "--pdeathsig",
+                    "TERM",
+                    *command.split(),
+                ],  # Ends with this notebook's kernel, however that ends
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                umask=0o077,  # HAProxy's admin socket is for nobody else.
+            )
+        import ray.serve.llm  # noqa: F401  (takes as long as Ray's start, so do both at once)
+    connect(ray_head)
+    host = choose_host(ray_head)
+    return ray_head, host
+
+
+@retry(retry=retry_if_exception_type(ConnectionError), stop=stop_after_delay(90), wait=wait_fixed(1), reraise=True)
+def connect(ray_head: subprocess.Popen | None) -> None:
+    if ray_head and ray_head.poll() is not None:
+        raise RuntimeError("Ray didn't start: " + Path("build/ray.log").read_text())
+    ray.init(address="auto", namespace="serve", log_to_driver=False, logging_level="ERROR")
+
+
+def choose_host(ray_head: subprocess.Popen | None) -> str:
+    """The address to serve on. Says in a line which way tokens take, which was decided when Ray started."""
+    if ray_head:
+        settings = {name: os.environ.get(name, "0") for name in FAST_PATH}
+    else:
+        read = ray.remote(num_cpus=0)(lambda: {name: os.environ.get(name, "0") for name in FAST_PATH})
+        settings = ray.get(read.remote(), timeout=120)
+        os.environ.update(settings)  # The app is built in this process, for the same path.
+    if settings[FAST_PATH[0]] != "1" or settings[FAST_PATH[1]] != "1":
+        print("Tokens: Ray Serve's default path. It is slower under load, and api_key.py doesn't work there.")
+        print("This cluster ran before, without the launch variables. An image can set them: see Build the image.")
+        return "127.0.0.1"
+    print("Tokens: direct streaming, from the replica through HAProxy")
+    if ray_head:
+        return "127.0.0.1"
+    print("This cluster may get more nodes, so the endpoint listens on 0.0.0.0. It asks for no key.")
+    return "0.0.0.0"
+
+
+def load_app(import_path: str):
+    """The Serve application at `module:attribute`, with what was edited since the last time."""
+    module, _, attribute = import_path.partition(":")
+    for name in [name for name in ("serve_llama_3_1_8b", module) if name in sys.modules]:
+        importlib.reload(sys.modules[name])
+    return getattr(importlib.import_module(module), attribute)
+
+
+def wait_for_first_token(timeout_s: float = 30 * 60) -> float:
+    """Ask for one token each second until it comes; return the seconds that took. Prints each change of state.
+
+    Raises RuntimeError with the replica's own error when the deployment failed, openai.APIError after `timeout_s`.
+    """
+    from ray import serve
+
+    start_s, last = time.monotonic(), None
+    client = openai.OpenAI(base_url=f"{URL}/v1", api_key="FAKE_KEY", timeout=15, max_retries=0)
+
+    @retry(
+        retry=retry_if_exception_type(openai.APIError),
+        stop=stop_after_delay(timeout_s),
+        wait=wait_fixed(1),
+        reraise=True,
+    )
+    def ask():
+        nonlocal last
+        app = serve.status().applications.get("default")
+        deployments = app.deployments if app else {}
+        states = {name: deployment.status.value for name, deployment in deployments.items()}
+        if states != last:
+            print(f"{time.monotonic() - start_s:4.0f} s  {states or 'starting Ray Serve'}", flush=True)
+            last = states
+        if app and app.status == "DEPLOY_FAILED":
+            messages = [app.message, *(deployment.message for deployment in deployments.values())]
+            raise RuntimeError("\n".join(["The deployment failed:", *messages, "Causes:", *errors_in_logs()]))
+        client.completions.create(model=MODEL_ID, prompt="Hello", max_tokens=1)
+
+    ask()
+    seconds = time.monotonic() - start_s
+    print(f"{seconds:4.0f} s  the first token")
+    return seconds
+
+
+def errors_in_logs() -> list[str]:
+    """What replicas and engines on this node called an error, each once. Ray Serve's message lacks the engine's."""
+    text = "\n".join(file.read_text(errors="replace") for file in LOGS.glob("worker-*.*"))
+    return list(dict.fromkeys(re.findall(r"\w+Error: .+", text)))
+
+
+def read_kv_cache(machine: Machine) -> tuple[int, float | None]:
+    """Print what the engine logged of its KV cache; return its tokens, and the GPU's memory in GiB (None without one).
+
+    Raises RuntimeError when no log on this node has it.
+    """
+    text = "\n".join(file.read_text(errors="replace") for file in LOGS.glob("worker-*.*"))
+    found = re.findall(r"KV cache size: ([\d,]+) tokens.*", text)
+    if not found:
+        raise RuntimeError(f"No engine has logged its KV cache in {LOGS}. On a cluster, look on the replica's node.")
+    most = re.findall(r"Maximum concurrency for [\d,]+ tokens per request: [\d.]+x", text)
+    print(f"KV cache size: {found[-1]} tokens. {most[-1]}")
+    if machine.app == STAND_IN:
+        return int(found[-1].replace(",", "")), None
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    memory_mib = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split()
+    return int(found[-1].replace(",", "")), int(memory_mib[0]) / 1024 if memory_mib else None
+
+
+def running_replicas() -> int:
+    """How many replicas of the model Ray Serve counts as running."""
+    from ray import serve
+
+    deployments = serve.status().applications["default"].deployments
+    return next(d for name, d in deployments.items() if name.startswith("LLMServer")).replica_states.get("RUNNING", 0)
+
+
+def stop_ray(ray_head: subprocess.Popen | None) -> None:
+    """Leave the cluster and, if this notebook started it, end it and remove what it would leave behind."""
+    ray.shutdown()
+    if ray_head is None:
+        print("Ray was here before, and still runs")
+        return
+    ray_head.terminate()
+    ray_head.wait(timeout=120)
+    # Ray leaves its address behind, where the next `ray` command would look for a cluster for 40 seconds.
+    Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)
+    shutil.rmtree("/tmp/haproxy-serve", ignore_errors=True)
+    print("Ray has ended")
