@@ -12,7 +12,7 @@ import sys
 import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment, build_openai_app
-from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
+from tenacity import retry, stop_after_delay, wait_fixed
 
 from benchmarks.variants import merged
 
@@ -33,12 +33,12 @@ def build(settings: dict, router_hop: bool) -> serve.Application:
     return build_llm_deployment(llm_config, deployment_cls=serve.ingress()(LLMServer))
 
 
-@retry(retry=retry_if_exception_type(ConnectionError), stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
+@retry(stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
 def connect() -> None:
-    """Connect to the Ray at RAY_ADDRESS. Raises ConnectionError when it doesn't answer within two minutes."""
+    """Connect to the Ray at RAY_ADDRESS. Raises Ray's error when it isn't up within two minutes."""
     try:
         ray.init(namespace="serve")
-    except ConnectionError:
+    except Exception:  # Ray raises a plain one when its node is still starting.
         ray.shutdown()  # Else the next attempt counts as a second connection.
         raise
 
@@ -48,7 +48,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "settings":
         print(json.dumps([changed_settings(one["base"], one["llm_config"]) for one in asked], default=str))
     else:
+        connect()  # First: the import of an app connects to Ray, too, where nothing has.
         app = build(changed_settings(asked["base"], asked["llm_config"]), asked["router_hop"])
-        connect()
         serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
         serve.run(app)

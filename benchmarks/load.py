@@ -1,6 +1,7 @@
 """Put a load on a server with `vllm bench serve`, and note what each request saw and which processes used the CPU."""
 
 import contextlib
+import logging
 import math
 import os
 import threading
@@ -89,6 +90,7 @@ def bench(command: str) -> dict:
 
     An error of a request is in `errors`; it raises nothing.
     """
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     parser = FlexibleArgumentParser()
     vllm_bench_serve.add_cli_args(parser)
     with open(BUILD / "bench.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):

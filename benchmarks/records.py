@@ -32,6 +32,7 @@ LATENCIES = {
 RATES = ("output_tok_s", "goodput_server_req_s", "goodput_interactive_req_s")
 METRICS = (*RATES, *LATENCIES)
 DRAWS = 4000
+CLAIM_REPETITIONS = 5  # Fewer have too few different draws for an interval that keeps its promise.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
 
@@ -136,8 +137,10 @@ class Estimate:
 
     @property
     def claimed(self) -> bool:
-        """Whether a ratio may be claimed to differ from 1: only when its interval excludes 1."""
-        return self.interval is not None and not self.interval[0] <= 1 <= self.interval[1]
+        """Whether a ratio may be claimed to differ from 1: only when its interval, of enough repetitions, excludes 1."""
+        if self.interval is None or self.repetitions < CLAIM_REPETITIONS:
+            return False
+        return not self.interval[0] <= 1 <= self.interval[1]
 
 
 def counted(cells: list[Steady]) -> int:

@@ -155,11 +155,18 @@ def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
     return [spawn(command, Path(server["log"]), env) for command in ([*ray, *head.split()], deploy)]
 
 
-def settings_of(asked: list[dict]) -> list[dict]:
-    """The settings of LLMConfig that benchmarks/app.py would use, each time it is asked."""
-    command, env = [sys.executable, "-m", "benchmarks.app", "settings"], {**os.environ, "BENCHMARK": json.dumps(asked)}
-    printed = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, check=True).stdout
-    return json.loads(printed.splitlines()[-1])
+def settings_of(asks: list[dict]) -> list[dict]:
+    """The settings of LLMConfig that benchmarks/app.py would use, each time it is asked.
+
+    To import an app connects to a Ray, or starts one: here, one that ends with the import.
+    """
+    command = [sys.executable, "-m", "benchmarks.app", "settings"]
+    env = {**os.environ, "BENCHMARK": json.dumps(asks), "RAY_ADDRESS": "local"}
+    with open(BUILD / "settings.log", "w") as log:
+        printed = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=log, check=False)
+    if printed.returncode:
+        raise SystemExit(f"The app's settings are wrong:\n{(BUILD / 'settings.log').read_text()[-3000:]}")
+    return json.loads(printed.stdout.splitlines()[-1])
 
 
 def logs(server: dict, index: int) -> str:
@@ -211,6 +218,50 @@ def wait_for_first_tokens(servers: list[dict], processes: list[list[subprocess.P
         time.sleep(0.5)
 
 
+def facts(machine: tuple[str, float] | None, random_weights: bool) -> dict:
+    """What a record says of where and with what it was measured."""
+    return {
+        "hardware": machine[0] if machine else "CPU",
+        "cpu": cpu_model(),
+        "model": "Llama-3.1-8B" if machine else "the tiny stand-in",
+        "weights": "random" if random_weights else "trained",
+        "versions": {package: version(package) for package in ("ray", "vllm", "torch")},
+        "date": date.today().isoformat(),
+    }
+
+
+def records_folder(results: Path, sitting: str | None, hardware: str) -> Path:
+    """The folder for the records of these servers. Raises SystemExit when it is there already."""
+    machine = re.sub(r"\W+", "-", hardware.removeprefix("NVIDIA ").lower())
+    folder = results / (sitting or f"{machine}-{time.strftime('%Y-%m-%d-%H%M')}")
+    if folder.exists():
+        raise SystemExit(f"{folder} exists. Each start of servers has records of its own: name another --sitting.")
+    return folder
+
+
+def asked(name: str, base: str, shared: dict) -> dict:
+    """What benchmarks/app.py is asked for: the variant on top of the module `base` and the `shared` engine settings."""
+    changes = variant(name)
+    own = {"model_loading_config": {"model_id": model_id(name)}, "engine_kwargs": shared}
+    llm_config = merged(own, changes.get("llm_config", {}))
+    return {"base": base, "llm_config": llm_config, "router_hop": changes.get("router_hop", True)}
+
+
+def start_one(index: int, name: str, ask: dict, settings: dict, model: str) -> tuple[dict, list[subprocess.Popen]]:
+    """Start a server. Returns what STATE notes of it, and its processes."""
+    changes, log = variant(name), BUILD / f"server-{index}.log"
+    log.unlink(missing_ok=True)
+    shutil.rmtree(f"/tmp/benchmark-{index}", ignore_errors=True)
+    server = {"name": name, "kind": changes.get("server", "ray"), "port": ports(index)[0], "model_id": model_id(name)}
+    server |= {"log": str(log), "changes": changes, "engine_kwargs": settings["engine_kwargs"], "began": time.time()}
+    if server["kind"] == "vllm":
+        processes = spawn_vllm(server, changes, settings["engine_kwargs"], model)
+    else:
+        server |= {"deployment_config": settings["deployment_config"], "env": {**LAUNCH_ENV, **changes.get("env", {})}}
+        processes = spawn_ray(server, index, {**server["env"], "BENCHMARK": json.dumps(ask)})
+    return server | {"pid": processes[0].pid, "born": psutil.Process(processes[0].pid).create_time()}, processes
+
+
 def start(names: list[str], sitting: str | None, results: Path, random_weights: bool, timeout_s: float) -> None:
     """Start one server for each name, at most two, wait for their first tokens, and write STATE.
 
@@ -222,47 +273,15 @@ def start(names: list[str], sitting: str | None, results: Path, random_weights: 
     base = "serve_llama_3_1_8b" if machine else "tiny_llama.app"
     model = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct") if machine else "build/tiny-llama"
     shared = memory_settings(len(names), machine and machine[1]) | ({"load_format": "dummy"} if random_weights else {})
-    changes = {name: variant(name) for name in names}
     check_ports(len(names))
-    short = re.sub(r"\W+", "-", machine[0].removeprefix("NVIDIA ").lower()) if machine else "cpu"
-    folder = results / (sitting or f"{short}-{time.strftime('%Y-%m-%d-%H%M')}")
-    if folder.exists():
-        raise SystemExit(f"{folder} exists. Each start of servers has records of its own: name another --sitting.")
+    state = {"model": model, "facts": facts(machine, random_weights), "servers": []}
+    state["records"] = str(records_folder(results, sitting, state["facts"]["hardware"]))
+    asks = [asked(name, base, shared) for name in names]
     BUILD.mkdir(parents=True, exist_ok=True)
-    state = {
-        "records": str(folder),
-        "model": model,
-        "facts": {
-            "hardware": machine[0] if machine else "CPU",
-            "cpu": cpu_model(),
-            "model": "Llama-3.1-8B" if machine else "the tiny stand-in",
-            "weights": "random" if random_weights else "trained",
-            "versions": {package: version(package) for package in ("ray", "vllm", "torch")},
-            "date": date.today().isoformat(),
-        },
-        "servers": [],
-    }
-    asked = []
-    for name in names:
-        own = {"model_loading_config": {"model_id": model_id(name)}, "engine_kwargs": shared}
-        hop = changes[name].get("router_hop", True)
-        asked.append({"base": base, "llm_config": merged(own, changes[name].get("llm_config", {})), "router_hop": hop})
     processes = []
-    for index, (name, ask, settings) in enumerate(zip(names, asked, settings_of(asked), strict=True)):
-        server = {"name": name, "kind": changes[name].get("server", "ray"), "port": ports(index)[0]}
-        server |= {"model_id": model_id(name), "log": str(BUILD / f"server-{index}.log")}
-        Path(server["log"]).unlink(missing_ok=True)
-        shutil.rmtree(f"/tmp/benchmark-{index}", ignore_errors=True)
-        server["changes"], server["engine_kwargs"] = changes[name], settings["engine_kwargs"]
-        server["began"] = time.time()
-        if server["kind"] == "vllm":
-            processes.append(spawn_vllm(server, changes[name], settings["engine_kwargs"], model))
-        else:
-            server["deployment_config"] = settings["deployment_config"]
-            server["env"] = {**LAUNCH_ENV, **changes[name].get("env", {})}
-            processes.append(spawn_ray(server, index, {**server["env"], "BENCHMARK": json.dumps(ask)}))
-        server["pid"] = processes[-1][0].pid
-        server["born"] = psutil.Process(server["pid"]).create_time()
+    for index, (name, ask, settings) in enumerate(zip(names, asks, settings_of(asks), strict=True)):
+        server, its_processes = start_one(index, name, ask, settings, model)
+        processes.append(its_processes)
         state["servers"].append(server)
         STATE.write_text(json.dumps(state, indent=1))
     wait_for_first_tokens(state["servers"], processes, timeout_s)
