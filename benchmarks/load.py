@@ -122,9 +122,10 @@ class Clients:
     """Processes that send requests. They keep their imports from cell to cell."""
 
     def __init__(self, count: int):
+        others = psutil.Process().children()  # The servers, where this process has started them
         self.pool = ProcessPoolExecutor(count, mp_context=get_context("fork"))
         self.pool.submit(int).result()
-        self.processes = psutil.Process().children()
+        self.processes = [process for process in psutil.Process().children() if process not in others]
 
     def measure(self, server: dict, model: str, point: dict, requests: int, seed: int) -> dict:
         """Send `requests` requests at one point to a server. Returns the cell of a record (benchmarks/README.md).
