@@ -8,11 +8,11 @@ import importlib
 import json
 import os
 import sys
+import time
 
 import ray
 from ray import serve
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment, build_openai_app
-from tenacity import retry, stop_after_delay, wait_fixed
 
 from benchmarks.variants import merged
 
@@ -33,14 +33,18 @@ def build(settings: dict, router_hop: bool) -> serve.Application:
     return build_llm_deployment(llm_config, deployment_cls=serve.ingress()(LLMServer))
 
 
-@retry(stop=stop_after_delay(120), wait=wait_fixed(0.5), reraise=True)
-def connect() -> None:
-    """Connect to the Ray at RAY_ADDRESS. Raises Ray's error when it isn't up within two minutes."""
-    try:
-        ray.init(namespace="serve")
-    except Exception:  # Ray raises a plain one when its node is still starting.
-        ray.shutdown()  # Else the next attempt counts as a second connection.
-        raise
+def connect(timeout_s: float = 120) -> None:
+    """Connect to the Ray at RAY_ADDRESS. Raises Ray's error when it isn't up after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            ray.init(namespace="serve")
+            return
+        except Exception:  # Ray raises a plain one when its node is still starting.
+            ray.shutdown()  # Else the next attempt counts as a second connection.
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.5)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ widened as Hesterberg says (2015, What Teachers Should Know About the Bootstrap,
 sqrt(n/(n-1)) t(n-1) standard errors. With five, a ratio differs from 1 about when all five repetitions say so.
 """
 
+import contextlib
 import json
 from collections import defaultdict
 from dataclasses import dataclass
@@ -88,11 +89,13 @@ def steady(cell: dict) -> Steady:
 
 
 def by_point(record: dict) -> dict[str, dict[int, Steady]]:
-    """The steady states of a record: {label of the point: {repetition: steady state}}."""
+    """The steady states of a record: {label of the point: {repetition: steady state}}. Cells that have none are left out:
+    a load that the server can't keep up with."""
     points = defaultdict(dict)
     for cell in record["cells"]:
-        points[label(cell["point"])][cell["repetition"]] = steady(cell)
-    return points
+        with contextlib.suppress(ValueError):
+            points[label(cell["point"])][cell["repetition"]] = steady(cell)
+    return dict(points)
 
 
 def picks(repetitions: int) -> np.ndarray:

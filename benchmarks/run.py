@@ -14,16 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks import records, servers
+import numpy as np
+
+from benchmarks import records, servers, table
 from benchmarks.servers import BUILD, ROOT
 from benchmarks.variants import VARIANTS
 
 WORKLOADS = {"chat": (512, 128), "mlperf": (778, 128), "retrieval": (2048, 128), "generation": (128, 1024)}
-GENERATIONS = 4  # Of requests that a cell sends beyond those that count: warm-up and cool-down
-UNITS = {"output_tok_s": "output tok/s", "goodput_server_req_s": "good requests/s, 2 s and 100 ms"}
-UNITS |= {"goodput_interactive_req_s": "good requests/s, 500 and 30 ms"}
-UNITS |= {"ttft_p50_ms": "TTFT p50, ms", "ttft_p99_ms": "TTFT p99, ms"}
-UNITS |= {"tpot_p50_ms": "TPOT p50, ms", "tpot_p99_ms": "TPOT p99, ms"}
+GENERATIONS = 3.5  # Of requests that a cell sends beyond those that count: warm-up and cool-down
 
 
 def points_of(args: argparse.Namespace) -> list[dict]:
@@ -43,7 +41,7 @@ def guessed_s(point: dict, on_gpu: bool) -> tuple[float, float]:
     alone_s = point["output_len"] / (200 if on_gpu else 100) + point["input_len"] / 20_000
     most_per_s = 1 / (point["output_len"] / (9000 if on_gpu else 800) + point["input_len"] / 70_000)
     if "rate" in point:
-        return 2 * alone_s, min(point["rate"], most_per_s)
+        return 3 * alone_s, min(point["rate"], most_per_s)
     return max(alone_s, point["concurrency"] / most_per_s), min(point["concurrency"] / alone_s, most_per_s)
 
 
@@ -52,7 +50,7 @@ def requests_of(point: dict, args: argparse.Namespace, on_gpu: bool) -> int:
     wanted = args.requests or (200 if point.get("concurrency") == 1 else 1500)
     latency_s, _ = guessed_s(point, on_gpu)
     beside = GENERATIONS * (point["concurrency"] if "concurrency" in point else math.ceil(point["rate"] * latency_s))
-    return math.ceil(wanted / args.repetitions) + beside
+    return math.ceil(wanted / args.repetitions + beside)
 
 
 def cell_s(point: dict, args: argparse.Namespace, on_gpu: bool) -> float:
@@ -61,16 +59,16 @@ def cell_s(point: dict, args: argparse.Namespace, on_gpu: bool) -> float:
 
 
 def announce(args: argparse.Namespace) -> None:
-    """Say how long it takes, and which ports it needs."""
+    """Say which ports it needs, and how long it takes."""
     on_gpu = servers.gpu() is not None
-    minutes = len(args.servers) * args.repetitions * sum(cell_s(point, args, on_gpu) for point in points_of(args)) / 60
     needed = sorted(port for index in range(len(args.servers)) for port in servers.ports(index))
-    print(
-        f"Measuring {' and '.join(args.servers)}: about {minutes:.0f} minutes {'on an H200' if on_gpu else 'here'}, "
-        f"and 2 to 5 to start. Other GPUs take longer; after the first repetition you see how much.\n"
-        f"Ports: {', '.join(map(str, needed))}. Nothing else may use the GPU meanwhile.",
-        flush=True,
-    )
+    print(f"Starting {' and '.join(args.servers)}: 2 to 5 minutes. Nothing else may use the GPU meanwhile.")
+    print(f"Ports: {', '.join(map(str, needed))}", flush=True)
+    if args.step == "all":
+        cells_s = args.repetitions * sum(cell_s(point, args, on_gpu) for point in points_of(args))
+        print(
+            f"Then to measure: about {len(args.servers) * cells_s / 60:.0f} minutes on {'an H200' if on_gpu else 'CPUs'}"
+        )
 
 
 def commit_of_checkout() -> str | None:
@@ -170,56 +168,13 @@ def measure(args: argparse.Namespace) -> bool:
 
 def report(name: str, cell: dict, took_s: float) -> None:
     """One line on a cell."""
-    seen = {0: records.steady(cell)}
-    said = [
-        f"{records.estimate(seen, metric).value:,.1f} {UNITS[metric]}" for metric in ("output_tok_s", "ttft_p50_ms")
-    ]
-    said += [f"{records.estimate(seen, 'tpot_p50_ms').value:.2f} {UNITS['tpot_p50_ms']}"]
-    counted, busiest = len(seen[0].ttft_ms), cell["busiest_client"]
-    print(
-        f"{name}: {', '.join(said)}; {counted} of {cell['requests']} count, client {busiest:.0%}, {took_s:.0f} s",
-        flush=True,
-    )
-
-
-def shown(estimate: records.Estimate, digits: int) -> str:
-    spread = estimate.interval and f" ({estimate.interval[0]:,.{digits}f}-{estimate.interval[1]:,.{digits}f})"
-    return f"{estimate.value:,.{digits}f}{spread or ''}"
-
-
-def print_table(folder: Path) -> None:
-    """The measured servers beside one another and beside the records in benchmarks/results. Raises SystemExit if empty."""
-    measured = {name: records.by_point(record) for name, record in records.read(folder).items()}
-    if not measured:
-        raise SystemExit(f"No records in {folder}")
-    names = sorted(measured, key=lambda name: (name != "tutorial", name))
-    print(
-        f"\n{folder}. In brackets: 95 % intervals. A ratio is marked * when its interval excludes 1, so that it holds."
-    )
-    for point in measured[names[0]]:
-        print(
-            f"\n{point}: "
-            + ", ".join(
-                f"{sum(len(c.ttft_ms) for c in measured[n].get(point, {}).values())} requests of {n}" for n in names
-            )
-        )
-        widths = [34, *[30] * len(names), 24]
-        columns = ["", *names, f"{names[0]} / {names[1]}" if len(names) == 2 else ""]
-        columns += [f"record of {name}" for name in names if point in records.published(name)]
-        print("  ".join(column.ljust(width) for column, width in zip(columns, widths + [20, 20], strict=False)))
-        for metric in records.METRICS:
-            digits = 2 if "tpot" in metric else 1
-            row = [UNITS[metric]] + [
-                shown(records.estimate(measured[n][point], metric), digits) if point in measured[n] else ""
-                for n in names
-            ]
-            both = len(names) == 2 and point in measured[names[1]]
-            compared = records.ratio(*(measured[n][point] for n in names), metric) if both else None
-            row.append(shown(compared, 2) + " *" * compared.claimed if compared else "")
-            for name in names:
-                if point in records.published(name):
-                    row.append(f"{records.estimate(records.published(name)[point], metric).value:,.{digits}f}")
-            print("  ".join(text.ljust(width) for text, width in zip(row, widths + [20, 20], strict=False)))
+    try:
+        seen = records.steady(cell)
+        said = f"{seen.rates['output_tok_s']:,.0f} output tok/s, TTFT p50 {np.median(seen.ttft_ms):,.0f} ms, "
+        said += f"TPOT p50 {np.median(seen.tpot_ms):.2f} ms; {len(seen.ttft_ms)} of {cell['requests']} requests count"
+    except ValueError as error:
+        said = str(error)
+    print(f"{name}: {said}; client {cell['busiest_client']:.0%}, {took_s:.0f} s", flush=True)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -271,7 +226,7 @@ def main() -> None:
         if args.step in ("all", "measure") and not measure(args):
             return
         if args.step in ("all", "measure", "table"):
-            print_table(folder)
+            table.show(folder)
     finally:
         if args.step in ("all", "stop"):
             servers.stop()
