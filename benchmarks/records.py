@@ -3,8 +3,9 @@
 A record is the file of one server: results/SITTING/SERVER.json. benchmarks/README.md describes it. All that is claimed
 is computed here from its raw requests, and the figures, the page's table and the tests ask here.
 
-**Steady state.** A cell's longest latency is cut off at both ends of the time in which all its clients send. Requests
-that start in between count; they never meet the rush of the beginning or the calm of the end.
+**Steady state.** It begins a cell's longest latency after all its clients send, when the rush of the beginning is over,
+and ends when the first of them has sent all. Tokens in between count, and requests that start so long before its end as
+the longest of them takes: they never meet the calm that follows.
 
 **Intervals.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each. Two servers draw
 the same repetitions, for these were measured in turns. As few repetitions make such an interval too narrow, it is
@@ -73,15 +74,17 @@ def steady(cell: dict) -> Steady:
     start, ttft, latency = (np.array(cell[name]) / 10 for name in ("start", "ttft", "latency"))
     tokens = np.broadcast_to(cell["output_tokens"], start.shape)
     begin, end = cell["full"][0] / 10 + latency.max(), cell["full"][1] / 10
-    counts = (start >= begin) & (start <= end - latency.max())
-    if not counts.any():
+    later = (start >= begin) & (start <= end)
+    last = end - latency[later].max(initial=0)
+    counts = later & (start <= last)
+    if not counts.any() or last <= begin:
         raise ValueError(f"No steady state in {len(start)} requests at {label(cell['point'])}: send more, or load less")
     # Each token at its time: the first at the TTFT, the others spread evenly over the rest of the request.
     first, rest = start + ttft, np.maximum(latency - ttft, 1e-9)
     inside = np.clip(np.minimum(first + rest, end) - np.maximum(first, begin), 0, None)
     in_window = ((first >= begin) & (first <= end)) + (tokens - 1) * inside / rest
     tpot = (rest / np.maximum(tokens - 1, 1))[counts]
-    counted_s = (end - latency.max() - begin) / 1000
+    counted_s = (last - begin) / 1000
     good = {name: (ttft[counts] <= most[0]) & (tpot <= most[1]) for name, most in LIMITS_MS.items()}
     rates = {"output_tok_s": in_window.sum() / (end - begin) * 1000}
     rates |= {f"goodput_{name}_req_s": kept.sum() / counted_s for name, kept in good.items()}
@@ -175,3 +178,16 @@ def published(server: str) -> dict[str, dict[int, Steady]]:
     for file in sorted(RESULTS.glob(f"*/{server}.json")):
         points |= by_point(json.loads(file.read_text()))
     return points
+
+
+def record(variant: str) -> dict:
+    """A record of before the steady state was measured. Goes with the figures that are drawn from it."""
+    return json.loads((RESULTS / f"h200-chat-{variant}.json").read_text())
+
+
+def values(variant: str, concurrency: int, metric: str) -> list[float]:
+    """A metric in each repetition of such a record, sorted. Raises ValueError when it has none at this concurrency."""
+    cells = [run["concurrency"].get(str(concurrency)) for run in record(variant)["runs"]]
+    if not any(cells):
+        raise ValueError(f"The record of {variant} has no run at concurrency {concurrency}")
+    return sorted(cell[metric] for cell in cells if cell)
