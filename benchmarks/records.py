@@ -84,10 +84,11 @@ def steady(cell: dict) -> Steady:
     inside = np.clip(np.minimum(first + rest, end) - np.maximum(first, begin), 0, None)
     in_window = ((first >= begin) & (first <= end)) + (tokens - 1) * inside / rest
     tpot = (rest / np.maximum(tokens - 1, 1))[counts]
-    counted_s = (last - begin) / 1000
-    good = {name: (ttft[counts] <= most[0]) & (tpot <= most[1]) for name, most in LIMITS_MS.items()}
     rates = {"output_tok_s": in_window.sum() / (end - begin) * 1000}
-    rates |= {f"goodput_{name}_req_s": kept.sum() / counted_s for name, kept in good.items()}
+    requests_per_s = rates["output_tok_s"] / tokens[counts].mean()
+    for name, most_ms in LIMITS_MS.items():
+        kept = (ttft[counts] <= most_ms[0]) & (tpot <= most_ms[1])
+        rates[f"goodput_{name}_req_s"] = requests_per_s * kept.mean()
     return Steady(ttft[counts], tpot, rates)
 
 
