@@ -86,7 +86,7 @@ class CpuClock:
 
 
 def bench(command: str) -> dict:
-    """One `vllm bench serve` in this process. Times are in seconds, of time.perf_counter(), one clock for all processes.
+    """One `vllm bench serve` in this process. Times: seconds of time.perf_counter(), one clock for all processes.
 
     An error of a request is in `errors`; it raises nothing.
     """
@@ -107,8 +107,8 @@ def bench(command: str) -> dict:
 
 
 def clients_for(point: dict) -> int:
-    """How many client processes share a load, so that none is busy for more than half of the time: one for 64 concurrent
-    requests or 25 a second, and at most a quarter of the cores."""
+    """How many client processes share a load: one for 64 concurrent requests or 25 a second, so that none is busy for
+    more than half of the time, and at most a quarter of the cores."""
     wanted = point["concurrency"] / 64 if "concurrency" in point else point["rate"] / 25
     return max(1, min(math.ceil(wanted), len(os.sched_getaffinity(0)) // 4))
 

@@ -7,8 +7,8 @@ is computed here from its raw requests, and the figures, the page's table and th
 and ends when the first of them has sent all. Tokens in between count, and requests that start so long before its end as
 the longest of them takes: they never meet the calm that follows.
 
-**Intervals.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each. Two servers draw
-the same repetitions, for these were measured in turns. As few repetitions make such an interval too narrow, it is
+**Intervals.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each. Two servers
+draw the same repetitions, for these were measured in turns. As few repetitions make such an interval too narrow, it is
 widened as Hesterberg says (2015, What Teachers Should Know About the Bootstrap, 4.3): with n repetitions to
 sqrt(n/(n-1)) t(n-1) standard errors. With five, a ratio differs from 1 about when all five repetitions say so.
 """
@@ -93,8 +93,10 @@ def steady(cell: dict) -> Steady:
 
 
 def by_point(record: dict) -> dict[str, dict[int, Steady]]:
-    """The steady states of a record: {label of the point: {repetition: steady state}}. Cells that have none are left out:
-    a load that the server can't keep up with."""
+    """The steady states of a record: {label of the point: {repetition: steady state}}.
+
+    Cells that have none are left out: a load that the server can't keep up with.
+    """
     points = defaultdict(dict)
     for cell in record["cells"]:
         with contextlib.suppress(ValueError):
@@ -144,7 +146,7 @@ class Estimate:
 
     @property
     def claimed(self) -> bool:
-        """Whether a ratio may be claimed to differ from 1: only when its interval, of enough repetitions, excludes 1."""
+        """Whether a ratio may be claimed to differ from 1: its interval, of enough repetitions, excludes 1."""
         if self.interval is None or self.repetitions < CLAIM_REPETITIONS:
             return False
         return not self.interval[0] <= 1 <= self.interval[1]

@@ -66,9 +66,8 @@ def announce(args: argparse.Namespace) -> None:
     print(f"Ports: {', '.join(map(str, needed))}", flush=True)
     if args.step == "all":
         cells_s = args.repetitions * sum(cell_s(point, args, on_gpu) for point in points_of(args))
-        print(
-            f"Then to measure: about {len(args.servers) * cells_s / 60:.0f} minutes on {'an H200' if on_gpu else 'CPUs'}"
-        )
+        minutes = len(args.servers) * cells_s / 60
+        print(f"Then to measure: about {minutes:.0f} minutes on {'an H200' if on_gpu else 'CPUs'}", flush=True)
 
 
 def commit_of_checkout() -> str | None:
