@@ -9,7 +9,7 @@ the longest of them takes: they never meet the calm that follows.
 
 **Intervals.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each. Two servers
 draw the same repetitions, for these were measured in turns. As few repetitions make such an interval too narrow, it is
-widened as Hesterberg says (2015, What Teachers Should Know About the Bootstrap, 4.3): with n repetitions to
+widened as Hesterberg says (2015, What Teachers Should Know About the Bootstrap): with n repetitions to
 sqrt(n/(n-1)) t(n-1) standard errors. With five, a ratio differs from 1 about when all five repetitions say so.
 """
 
