@@ -52,7 +52,7 @@ template: ## assemble Anyscale's template in build/template, and run its tests.s
 
 benchmark: ## measure variants side by side: make benchmark VARIANTS="tutorial vllm-serve"
 	@ci/tools/setup.sh tutorial "$(VENV)"
-	@$(call in,$(VENV)) python -m benchmarks.run $(VARIANTS)
+	@$(call in,$(VENV)) python -m benchmarks.run all $(VARIANTS)
 
 figures: ## draw images/ from the records in benchmarks/results
 	@ci/tools/setup.sh check "$(CHECK_VENV)"

@@ -24,6 +24,12 @@ def headings(notebook: nbformat.NotebookNode) -> list[str]:
     return re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
 
 
+def troubleshooting() -> str:
+    """What the page says when something fails, and TROUBLESHOOTING.md."""
+    cells = {cell.id: cell.source for cell in read_notebook().cells}
+    return cells["troubleshooting"] + (ROOT / "TROUBLESHOOTING.md").read_text()
+
+
 def run(*command: str, timeout_s: float = 300, **env: str) -> subprocess.CompletedProcess:
     """Run `command` in the repository, with stdout and stderr together as text; `env` is added to the environment."""
     return subprocess.run(

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ci.common import ROOT, headings, read_notebook
+from ci.common import ROOT, headings, read_notebook, troubleshooting
 
 REPOSITORY = "The repository"  # The section of what isn't on the page
 
@@ -23,11 +23,12 @@ def cell(notebook):
 
 
 @pytest.fixture(scope="session")
-def quoted(cell):
-    """Check that what the troubleshooting section quotes was really said. `...` in a quotation stands for anything."""
+def quoted():
+    """Check that what the troubleshooting quotes was really said. `...` in a quotation stands for anything."""
+    text = troubleshooting()
 
     def quoted(quotation: str, said: str) -> None:
-        assert f'"{quotation}"' in cell("troubleshooting"), f"The text doesn't quote: {quotation}"
+        assert f'"{quotation}"' in text, f"The text doesn't quote: {quotation}"
         pattern = ".*".join(map(re.escape, quotation.split("...")))
         assert re.search(pattern, " ".join(said.split())), f"{quotation}\nis quoted, but this was said:\n{said}"
 

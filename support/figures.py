@@ -10,15 +10,10 @@ import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from support.load import INPUT_TOKENS, OUTPUT_TOKENS, knee_of
-from support.machine import Machine
+from support.machine import FIT_ON_H200, MEMORY_GIB, Machine
 
 FIGURES = Path("build/figures")
 ENGINE, CLIENT = "black", "tab:orange"
-MEMORY_GIB = {  # As nvidia-smi reports it
-    "B200": 179.1, "H200": 140.4, "A100-80G, H100": 79.6, "L40S": 45.0, "A100-40G": 40.0, "A10G, L4": 22.5,
-}  # fmt: skip
-# What an H200's engine logged for 8,192 tokens, by FP8 weights: benchmarks/results/h200-kv-cache.json
-MEASURED = {False: 110.76, True: 117.26}
 
 
 def finish(figure: plt.Figure, name: str, title: str, caption: str) -> plt.Figure:
@@ -105,7 +100,7 @@ def draw_capacity(requests_that_fit) -> plt.Figure:
     axes[0].yaxis.set_major_formatter("{x:,.0f}")
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     for fp8, marker in (False, "kx"), (True, "k+"):
-        axes[0].plot(8192, MEASURED[fp8], marker, label=f"measured, H200{', FP8' if fp8 else ''}")
+        axes[0].plot(8192, FIT_ON_H200[fp8], marker, label=f"measured, H200{', FP8' if fp8 else ''}")
     axes[0].set_ylabel("requests of full length that fit")
     axes[1].legend(*axes[0].get_legend_handles_labels())
     title = "Halve max_model_len, and twice as many requests fit. FP8 weights matter most on small GPUs"

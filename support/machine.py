@@ -11,6 +11,11 @@ from dataclasses import dataclass
 LLAMA, UNGATED = "meta-llama/Llama-3.1-8B-Instruct", "unsloth/Meta-Llama-3.1-8B-Instruct"
 STAND_IN = "tiny_llama.app:app"
 PORTS = {8000: "the API", 8265: "Ray's dashboard", 6379: "Ray", 8080: "Ray's metrics"}
+MEMORY_GIB = {  # As nvidia-smi reports it
+    "B200": 179.1, "H200": 140.4, "A100-80G, H100": 79.6, "L40S": 45.0, "A100-40G": 40.0, "A10G, L4": 22.5,
+}  # fmt: skip
+# What an H200's engine logged for 8,192 tokens, by FP8 weights: benchmarks/results/h200-kv-cache.json
+FIT_ON_H200 = {False: 110.76, True: 117.26}
 
 
 @dataclass

@@ -4,6 +4,7 @@ ray.serve reads the launch variables when it is imported, so it is imported in t
 """
 
 import importlib
+import logging
 import os
 import re
 import shutil
@@ -84,14 +85,16 @@ def choose_host(ray_head: subprocess.Popen | None) -> str:
 
 def load_app(import_path: str):
     """The Serve application at `module:attribute`, with what was edited since the last time."""
+    for name in ("ray.serve", "httpx"):  # Both would write dozens of lines under the cell.
+        logging.getLogger(name).setLevel(logging.WARNING)
     module, _, attribute = import_path.partition(":")
     for name in [name for name in ("serve_llama_3_1_8b", module) if name in sys.modules]:
         importlib.reload(sys.modules[name])
     return getattr(importlib.import_module(module), attribute)
 
 
-def wait_for_first_token(timeout_s: float = 30 * 60) -> float:
-    """Ask for one token each second until it comes; return the seconds that took. Prints each change of state.
+def wait_for_first_token(timeout_s: float = 30 * 60) -> None:
+    """Ask for one token each second until it comes. Prints each change of state, and the seconds since the start.
 
     Raises RuntimeError with the replica's own error when the deployment failed, openai.APIError after `timeout_s`.
     """
@@ -120,9 +123,7 @@ def wait_for_first_token(timeout_s: float = 30 * 60) -> float:
         client.completions.create(model=MODEL_ID, prompt="Hello", max_tokens=1)
 
     ask()
-    seconds = time.monotonic() - start_s
-    print(f"{seconds:4.0f} s  the first token")
-    return seconds
+    print(f"{time.monotonic() - start_s:4.0f} s  the first token")
 
 
 def errors_in_logs() -> list[str]:

@@ -10,8 +10,8 @@ settings["model_loading_config"]["model_source"] = str(MODEL_DIR)
 settings.pop("accelerator_type", None)
 settings["accelerator_config"] = {"kind": "cpu"}
 settings["engine_kwargs"] |= {"enforce_eager": True, "revision": None}
-# Short delays, so that a short run shows the autoscaler at work.
-settings["deployment_config"]["autoscaling_config"] |= {"upscale_delay_s": 5, "downscale_delay_s": 30}
+# Short delays, so that a short run shows the autoscaler at work. The sweep's largest loads last less than the first.
+settings["deployment_config"]["autoscaling_config"] |= {"upscale_delay_s": 40, "downscale_delay_s": 30}
 settings["runtime_env"] = {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
 
 llm_config = LLMConfig(**settings)

@@ -144,24 +144,26 @@ def test_start_and_end_of_the_app_need_no_key(monkeypatch):
 
 
 @pytest.mark.parametrize("key", [None, "", " \n"])
-def test_no_key_no_start(monkeypatch, key):
+def test_no_key_no_start(monkeypatch, quoted, key):
     monkeypatch.delenv("API_KEY", raising=False)
     if key is not None:
         monkeypatch.setenv("API_KEY", key)
     monkeypatch.setenv("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", "1")
     for start in (require_key, lambda: RequireKey(None)):
-        with pytest.raises(ValueError, match="API_KEY is empty. Export it on each node before Ray starts."):
+        with pytest.raises(ValueError) as refusal:
             start()
+        quoted("API_KEY is empty.", str(refusal.value))
 
 
 @pytest.mark.parametrize("switch", [None, "", "0", "true"])
-def test_no_start_where_nothing_would_check_the_key(monkeypatch, switch):
+def test_no_start_where_nothing_would_check_the_key(monkeypatch, quoted, switch):
     monkeypatch.setenv("API_KEY", "key-canary")
     monkeypatch.delenv("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", raising=False)
     if switch is not None:
         monkeypatch.setenv("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING", switch)
-    with pytest.raises(RuntimeError, match="Nothing would check the key without RAY_SERVE_LLM_ENABLE_DIRECT_STREAM"):
+    with pytest.raises(RuntimeError) as refusal:
         require_key()
+    quoted("Nothing would check the key without RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1.", str(refusal.value))
 
 
 def test_names_the_class_as_vllm_imports_it(monkeypatch):

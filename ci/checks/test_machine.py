@@ -12,14 +12,13 @@ from ci.common import run
 pytestmark = pytest.mark.section("Check your machine")
 
 
-@pytest.fixture
-def execute(cell):
-    """Run cells of the notebook by id, in a fresh Python, and return what they print."""
+ALONE = "import support.machine as m; "  # What a fresh Python runs
+FINDINGS = ALONE + "m.check_model = m.ray_runs = lambda _: ''; m.check_ports = lambda: None; print(m.check_machine())"
 
-    def execute(*ids, **env):
-        return run(sys.executable, "-c", "\n".join(map(cell, ids)), timeout_s=60, **env)
 
-    return execute
+def execute(program: str, **env: str):
+    """Run a line of Python in a process of its own, as the notebook's kernel would."""
+    return run(sys.executable, "-c", program, timeout_s=60, **env)
 
 
 @pytest.fixture
@@ -34,35 +33,72 @@ def gpu(tmp_path, monkeypatch):
     return gpu
 
 
-def test_no_gpu_means_the_stand_in(execute, gpu):
+def test_no_gpu_means_the_stand_in(gpu):
     gpu("")
-    result = execute("check-gpu")
-    assert result.returncode == 0 and "GPU: none\nApp: tiny_llama.app:app" in result.stdout
+    result = execute(FINDINGS)
+    assert result.returncode == 0 and "GPU: none\nApp: tiny_llama.app:app" in result.stdout, result.stdout
+    assert "replicas_that_fit=2" in result.stdout
 
 
 @pytest.mark.parametrize(
     "name, wanted", [("NVIDIA L4", ""), ("NVIDIA H200", "H200"), ("NVIDIA A100-SXM4-80GB", "A100-80G")]
 )
-def test_any_gpu_means_the_real_app(execute, gpu, name, wanted):
+def test_any_gpu_means_the_real_app(gpu, name, wanted):
     gpu(name)
-    result = execute("check-gpu", ACCELERATOR_TYPE=wanted)
+    result = execute(FINDINGS, ACCELERATOR_TYPE=wanted)
     assert result.returncode == 0, result.stdout
     assert f"GPU: {name}\nApp: serve_llama_3_1_8b:app" in result.stdout
+    assert "replicas_that_fit=1" in result.stdout
 
 
 @pytest.mark.parametrize("name, wanted", [("NVIDIA H200", "L4"), ("NVIDIA L40S", "L4"), ("NVIDIA A10G", "A100")])
-def test_gpu_of_another_type_than_configured(execute, gpu, quoted, name, wanted):
+def test_gpu_of_another_type_than_configured(gpu, quoted, name, wanted):
     gpu(name)
-    result = execute("check-gpu", ACCELERATOR_TYPE=wanted)
+    result = execute(FINDINGS, ACCELERATOR_TYPE=wanted)
     assert result.returncode == 1
     assert f"RuntimeError: ACCELERATOR_TYPE is {wanted}, but this machine has ['{name}']. Unset it" in result.stdout
     quoted("ACCELERATOR_TYPE is ..., but this machine has ...", result.stdout)
 
 
-def test_an_anyscale_workspace_gets_its_gpu_on_demand(execute, gpu):
+def test_an_anyscale_workspace_gets_its_gpu_on_demand(gpu):
     gpu("")
-    result = execute("check-gpu", ANYSCALE_SESSION_ID="ses_1")
-    assert result.returncode == 0 and "GPU: on demand\nApp: serve_llama_3_1_8b:app" in result.stdout
+    result = execute(FINDINGS, ANYSCALE_SESSION_ID="ses_1")
+    assert result.returncode == 0 and "GPU: on demand\nApp: serve_llama_3_1_8b:app" in result.stdout, result.stdout
+
+
+def test_foreign_cluster_is_refused(quoted):
+    result = execute(FINDINGS, RAY_ADDRESS="10.1.2.3:6379")
+    assert result.returncode == 1
+    quoted("RAY_ADDRESS is .... The tutorial would deploy there", result.stdout)
+
+
+def test_foreign_application_is_refused(tmp_path, monkeypatch, quoted):
+    (tmp_path / "serve").write_text(
+        "#!/bin/sh\nprintf 'proxies: {}\\napplications:\\n  theirs:\\n    status: RUNNING\\n'\n"
+    )
+    (tmp_path / "serve").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    result = execute(ALONE + "m.refuse_foreign_applications()")
+    assert result.returncode == 1
+    quoted("An application runs on this Ray cluster already", result.stdout)
+    (tmp_path / "serve").write_text("#!/bin/sh\nprintf 'proxies: {}\\napplications: {}\\n'\n")
+    assert execute(ALONE + "m.refuse_foreign_applications()").returncode == 0
+
+
+@pytest.mark.parametrize(
+    "before, after", [("", "localhost,127.0.0.1"), ("intra.net", "intra.net,localhost,127.0.0.1"), ("*", "*")]
+)
+def test_localhost_goes_round_the_proxy(before, after):
+    show = "import os; m.keep_localhost_off_the_proxy(); print('no_proxy=' + os.environ['no_proxy'])"
+    result = execute(ALONE + show, http_proxy="http://proxy:3128", no_proxy=before, NO_PROXY="")
+    assert f"no_proxy={after}\n" in result.stdout and ("http_proxy is set" in result.stdout) == (before != after)
+
+
+def test_missing_program_is_named(quoted):
+    missing = "m.shutil.which = lambda name: None if name == 'setpriv' else '/bin/true'; "
+    result = execute(ALONE + missing + "m.check_model = lambda _: ''; m.find_gpus = lambda: []; m.check_machine()")
+    assert result.returncode == 1 and "setpriv isn't installed" in result.stdout
+    quoted("... isn't installed. On Debian and Ubuntu: apt-get install ...", result.stdout)
 
 
 class GatedHub(http.server.BaseHTTPRequestHandler):
@@ -90,34 +126,49 @@ def hub():
 
 
 @pytest.mark.parametrize("token", ["", "hf_stranger"])
-def test_gated_model_without_access(execute, gpu, hub, quoted, token):
+def test_gated_model_without_access(gpu, hub, quoted, token):
     gpu("NVIDIA L4")
-    result = execute("check-gpu", "check-model", HF_ENDPOINT=hub, HF_TOKEN=token)
+    result = execute(
+        ALONE + "print('Model:', m.check_model('serve_llama_3_1_8b:app'))", HF_ENDPOINT=hub, HF_TOKEN=token
+    )
     assert result.returncode == 1
     assert "RuntimeError: meta-llama/Llama-3.1-8B-Instruct is gated. Request access at" in result.stdout
     quoted("... is gated. Request access at ...", result.stdout)
     assert not token or token not in result.stdout
 
 
-def test_gated_model_with_access(execute, gpu, hub):
+def test_gated_model_with_access(gpu, hub):
     gpu("NVIDIA L4")
-    result = execute("check-gpu", "check-model", HF_ENDPOINT=hub, HF_TOKEN="hf_friend")
+    result = execute(
+        ALONE + "print('Model:', m.check_model('serve_llama_3_1_8b:app'))", HF_ENDPOINT=hub, HF_TOKEN="hf_friend"
+    )
     assert result.returncode == 0, result.stdout
     assert "Model: meta-llama/Llama-3.1-8B-Instruct\n" in result.stdout and "hf_friend" not in result.stdout
 
 
-def test_local_model_needs_no_access(execute, gpu, tmp_path):
+def test_local_model_needs_no_access(gpu, tmp_path):
     gpu("NVIDIA L4")
-    result = execute("check-gpu", "check-model", MODEL_SOURCE=str(tmp_path), HF_ENDPOINT="http://127.0.0.1:9")
+    result = execute(
+        ALONE + "print('Model:', m.check_model('serve_llama_3_1_8b:app'))",
+        MODEL_SOURCE=str(tmp_path),
+        HF_ENDPOINT="http://127.0.0.1:9",
+    )
     assert result.returncode == 0, result.stdout
 
 
-def test_taken_port(execute, quoted):
-    with socket.create_server(("127.0.0.1", 8000)):
-        result = execute("check-gpu", "check-ports")
+@pytest.mark.parametrize("port", [8000, 8265, 6379, 8080])
+def test_taken_port(quoted, port):
+    with socket.create_server(("127.0.0.1", port)):
+        result = execute(ALONE + "m.check_ports()")
     assert result.returncode == 1
-    assert "RuntimeError: Port 8000 is taken. `ss -ltnp 'sport = :8000'` says by which program." in result.stdout
-    quoted("Port ... is taken.", result.stdout)
+    assert f"Port {port} is taken, and" in result.stdout and f"`ss -ltnp 'sport = :{port}'` says" in result.stdout
+    quoted("Port ... is taken...", result.stdout)
+
+
+def test_ray_is_asked_with_its_token():
+    """Without it, strangers on the network could run code on this machine."""
+    result = execute(ALONE + "import os; m.ray_runs(False); print(os.environ['RAY_AUTH_MODE'])")
+    assert result.stdout.endswith("token\n"), result.stdout
 
 
 def test_serve_commands_without_ray(quoted):

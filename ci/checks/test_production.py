@@ -12,13 +12,14 @@ from anyscale.compute_config.models import ComputeConfig
 from anyscale.service.models import ServiceConfig
 from ray.llm._internal.serve.constants import DEFAULT_MAX_ONGOING_REQUESTS
 from ray.serve._private.constants import (
+    DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S,
     DEFAULT_HEALTH_CHECK_PERIOD_S,
     RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S,
     RAY_SERVE_HAPROXY_MAXCONN,
     REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD,
 )
 
-from ci.common import ROOT, run
+from ci.common import ROOT, run, troubleshooting
 from ci.gallery.assemble import assemble
 
 pytestmark = pytest.mark.section("Deploy to production with Anyscale Services")
@@ -71,7 +72,7 @@ def test_image_switches_on_what_the_launch_cell_does(cell, dockerfile):
     assert image.pop("RAY_SERVE_HAPROXY_MAXCONN") == str(RAY_SERVE_HAPROXY_MAXCONN)
     assert f"RAY_SERVE_HAPROXY_MAXCONN={RAY_SERVE_HAPROXY_MAXCONN} ci/" in (ROOT / "Makefile").read_text()
     assert image == terminal == launch and len(launch) == 3
-    benchmark = (ROOT / "benchmarks" / "run.py").read_text()
+    benchmark = (ROOT / "benchmarks" / "servers.py").read_text()
     assert all(f'"{name}": "1"' in benchmark for name in launch)
 
 
@@ -99,11 +100,40 @@ def test_serve_compares_the_file_only_and_notices_a_variable_in_it():
 
 
 def test_text_names_rays_defaults(cell):
-    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "admits a billion" in cell("about-config")
-    assert DEFAULT_HEALTH_CHECK_PERIOD_S == 10 and "instead of every ten" in cell("about-config")
-    assert REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 3 and "fails three of them" in cell("about-config")
+    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "a billion are admitted" in cell("compare")
+    assert DEFAULT_HEALTH_CHECK_PERIOD_S * REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 30
+    assert "after half a minute | after three checks, six seconds" in cell("compare")
+    assert "health_check_period_s=2," in cell("serve-app")
+    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("compare")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
-    assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in cell("troubleshooting")
+    assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in troubleshooting()
+
+
+@pytest.mark.section("Harden the app")
+def test_limits_admit_what_the_text_promises(cell):
+    """A request counts as queued until it starts: a queue shorter than the largest burst refuses on an idle replica."""
+    ongoing, queued = (
+        int(re.search(rf"max_{kind}_requests=(\d+)", cell("serve-app"))[1]) for kind in ("ongoing", "queued")
+    )
+    assert f"`max_ongoing_requests={ongoing}`" in cell("compare") and f"`max_queued_requests={queued}`" in cell(
+        "compare"
+    )
+    assert (
+        ongoing == queued == 256
+        and "the replica works on 256" in cell("compare")
+        and "256 more wait" in cell("compare")
+    )
+
+
+@pytest.mark.section("Harden the app")
+def test_weights_are_pinned_as_recorded(cell):
+    """Without a network, commits can't be asked for: `huggingface_hub.model_info(repo).sha` tells the newest."""
+    recorded = yaml.safe_load((ROOT / "ci" / "checks" / "weights.yaml").read_text())
+    pinned = dict(re.findall(r'"([\w-]+/[\w.-]+)": "([0-9a-f]{40})"', cell("serve-app")))
+    assert pinned == {name: record["commit"] for name, record in recorded.items()} and len(pinned) == 2
+    text = (ROOT / "README.md").read_text() + (ROOT / "support" / "machine.py").read_text()
+    assert set(re.findall(r"(?:MODEL_SOURCE=|LLAMA, UNGATED = \")([\w-]+/[\w.-]+)", text)) <= set(pinned)
+    assert "revision=commits.get(model_source)" in cell("serve-app")
 
 
 def parse(line: str) -> None:
@@ -155,3 +185,21 @@ def test_template_has_absolute_addresses_and_its_own_readme(template, tmp_path):
     convert = ["jupyter", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", str(tmp_path)]
     assert run(*convert, str(folder / "README.ipynb")).returncode == 0
     assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_template_names_nothing_that_it_does_not_contain(template):
+    """A reader of the template has neither the Makefile nor the environment that it makes."""
+    folder = template / "templates" / "deployment-serve-llm" / "small-size-llm"
+    readme = (folder / "README.md").read_text()
+    targets = "|".join(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    absent = re.findall(rf"(?:^|`)make (?:{targets})\b|build/venv|notebook\.ipynb", readme, flags=re.M)
+    assert not absent, f"README.md says {absent}"
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|yaml|md|txt|sh|ipynb))`", readme))
+    named |= set(re.findall(r"(?:-f|-r|python|serve deploy|%%writefile) ([\w/.-]+\.\w+)", readme))
+    named |= {f"{module.replace('.', '/')}.py" for module in re.findall(r"from (support\.\w+) import", readme)}
+    absent = [name for name in named if not (folder / name).exists()]
+    assert len(named) > 8 and not absent, f"README.md names {absent}"
+    requirements = (folder / "requirements.txt").read_text()
+    assert "openai==" in requirements and not re.search("^(ray|vllm)", requirements, flags=re.M)
+    assert not list(folder.rglob("*.lock")) and not (folder / "ci").exists()
+    assert "Time to complete" in readme and "git clone" in readme

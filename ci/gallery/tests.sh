@@ -13,7 +13,7 @@ fi
 trap 'if ray_runs; then serve shutdown -y; fi' EXIT
 
 export MODEL_SOURCE="${MODEL_SOURCE:-unsloth/Meta-Llama-3.1-8B-Instruct}" # Needs no token.
-grep -v "^#\|^ray\|^vllm" requirements.txt | pip install --quiet -r /dev/stdin
+uv pip install --quiet --python "$(command -v python)" -r requirements.txt
 mkdir -p build
 jupyter nbconvert --to notebook --output-dir build --output test.ipynb README.ipynb \
 	--TagRemovePreprocessor.enabled=True --TagRemovePreprocessor.remove_cell_tags=skip-in-ci

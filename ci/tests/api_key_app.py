@@ -2,7 +2,8 @@
 
 from ray.serve.llm import LLMConfig, build_openai_app
 
+from api_key import require_key
 from tiny_llama.app import settings
 
-settings["engine_kwargs"]["middleware"] = ["api_key.RequireKey"]
+settings["engine_kwargs"] |= {"middleware": require_key(), "allowed_origins": ["https://chat.example.com"]}
 app = build_openai_app({"llm_configs": [LLMConfig(**settings)]})

@@ -1,16 +1,10 @@
 """What takes the engine's packages, but no server."""
 
-import json
 import sys
 
 import pytest
 
-from ci.common import ROOT, run
-
-LLAMA_8B = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336,
-    num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
-)  # fmt: skip
+from ci.common import run
 
 
 @pytest.mark.section("Configure Ray Serve LLM")
@@ -37,27 +31,3 @@ def test_checkpoint_that_was_cut_off_is_made_anew(tmp_path):
     assert result.returncode == 0, result.stdout
     assert (tmp_path / "tiny-llama" / "model.safetensors").stat().st_size > 1_000_000
     assert [file.name for file in tmp_path.iterdir()] == ["tiny-llama"]
-
-
-@pytest.mark.section("Scale with the load")
-def test_room_of_the_smallest_gpu_for_the_autoscaling_target(cell):
-    names = {}
-    exec(cell("kv-arithmetic"), names)
-    llama_8b = names["LlamaConfig"](**LLAMA_8B)
-    tokens = names["kv_cache_gib"](22.5, llama_8b) * 2**30 / names["kv_bytes_per_token"](llama_8b)
-    assert round(tokens / 700) == pytest.approx(50, abs=2)
-    assert "some 50 requests of 700 tokens" in cell("about-autoscaling")
-
-
-@pytest.mark.section("Improve concurrency")
-@pytest.mark.parametrize("fp8", [False, True])
-def test_kv_arithmetic_against_the_engines_log(cell, fp8):
-    """The notebook's formula is within 3 % of what the engine logged on an H200, whose mark is in the figure."""
-    names = {}
-    exec(cell("kv-arithmetic"), names)
-    kv_cache = json.loads((ROOT / "benchmarks" / "results" / "h200-kv-cache.json").read_text())
-    measured = kv_cache["runs"][fp8]["kv_cache_tokens"]
-    llama_8b = names["LlamaConfig"](**LLAMA_8B)
-    cache_gib = names["kv_cache_gib"](kv_cache["memory_mib"] / 1024, llama_8b, fp8)
-    assert cache_gib * 2**30 / names["kv_bytes_per_token"](llama_8b) == pytest.approx(measured, rel=0.03)
-    assert f"plot(8192, {measured / 8192:.2f}, " in cell("draw-capacity")

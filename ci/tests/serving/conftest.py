@@ -1,7 +1,6 @@
 """One Ray cluster for all of these tests, and the app on it. Each test finds the app as the one before it left it."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -18,10 +17,9 @@ from ci.tests.serving.app import (
     server_status,
     wait_for,
 )
+from support.serving import start_ray, stop_ray
 
-ORDER = (
-    """start listening bad_requests limits structured faults key update two_replicas soak secrets shutdown""".split()
-)
+ORDER = "start limits listening structured bad_requests faults key update two_replicas soak secrets shutdown".split()
 
 
 @pytest.hookimpl(trylast=True)
@@ -44,15 +42,17 @@ def cluster(cell, tmp_path_factory):
     os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
     os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
     os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
-    for name in ("check-gpu", "check-model", "check-ports", "start-ray"):
-        exec(cell(name), names)
+    exec(cell("check"), names)
+    exec(cell("start-ray").partition("from support")[0], names)  # The variables
+    ray_head, host = start_ray(names["machine"])
+    assert host == "127.0.0.1"
     try:
         # The dashboard, which `serve deploy` talks to, comes last.
         wait_for(lambda: requests.get("http://127.0.0.1:8265", timeout=10) is not None, "dashboard", 90)
         yield
         assert run("serve", "shutdown", "-y").returncode == 0
     finally:
-        exec(cell("stop-ray"), {**names, "ray": SimpleNamespace(shutdown=lambda: None)})
+        stop_ray(ray_head)
         os.environ.clear()
         os.environ.update(environment)
     assert_nothing_left(before)

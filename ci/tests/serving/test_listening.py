@@ -1,15 +1,72 @@
-"""Where the app and its cluster listen."""
+"""Where the app and its cluster listen, and who may talk to them."""
+
+import os
+import re
+import stat
+from pathlib import Path
 
 import pytest
+import requests
 
 from ci.common import run
+from ci.tests.serving.app import CHAT, URL
+
+# Ray's own processes take these from the range for ephemeral ports.
+EPHEMERAL = range(10002, 65536)
+REPLICAS = range(30000, 31001)
 
 
-@pytest.mark.section("Keep the deployment in a file")
+def listening() -> dict[int, set[str]]:
+    """The addresses of each port that listens here."""
+    found = {}
+    for line in run("ss", "-ltnH").stdout.splitlines():
+        address, _, port = line.split()[3].rpartition(":")
+        found.setdefault(int(port), set()).add(address)
+    return found
+
+
+@pytest.mark.section("Where it listens")
 def test_app_of_the_config_file_listens_on_loopback_only(served, quoted):
     quoted("... replicas that have taken more than ... to initialize.", served)
-    sockets = [line.split()[3].rpartition(":") for line in run("ss", "-ltnH").stdout.splitlines()]
-    addresses = {address for address, _, port in sockets if port == "8000" or 30000 <= int(port) <= 31000}
-    assert addresses == {"127.0.0.1"}, sockets
-    everywhere = {port for address, _, port in sockets if address in ("0.0.0.0", "*", "[::]")}
-    assert {"8404", "9101", "8080", "44217", "44227"} <= everywhere, "The text says that metrics listen everywhere"
+    ports = listening()
+    of_the_app = [port for port in ports if port == 8000 or port in REPLICAS]
+    assert len(of_the_app) >= 2 and all(ports[port] == {"127.0.0.1"} for port in of_the_app), ports
+
+
+@pytest.mark.section("Where it listens")
+def test_text_names_each_port_that_listens_on_all_networks(served, cell):
+    text = cell("compare").partition("### Where it listens")[2]
+    named = {int(port) for row in re.findall(r"^\| ([\d, ]+)", text, flags=re.M) for port in re.findall(r"\d+", row)}
+    assert named == {6379, 10001, 8080, 44217, 44227, 8404, 9101, 8265, 52365}
+    ports = listening()
+    everywhere = {port for port, addresses in ports.items() if addresses & {"0.0.0.0", "*", "[::]"}}
+    assert {6379, 8080, 44217, 44227, 8404, 9101} <= everywhere, ports
+    assert ports[8265] == {"127.0.0.1"}
+    unnamed = {port for port in everywhere - named if port not in EPHEMERAL and port > 2024}
+    assert not unnamed, f"These listen on all networks, and the text doesn't say so: {unnamed}"
+
+
+@pytest.mark.section("Where it listens")
+def test_admin_socket_is_closed_to_other_users(served):
+    [socket] = Path("/tmp/haproxy-serve").rglob("admin.sock")
+    folders = [folder for folder in socket.parents if folder.is_relative_to("/tmp/haproxy-serve")]
+    assert any(stat.S_IMODE(folder.stat().st_mode) & 0o077 == 0 for folder in folders), "umask 077 is missing"
+    if os.getuid() == 0:
+        ask = f"import socket; socket.socket(socket.AF_UNIX).connect('{socket}')"
+        result = run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "python3", "-c", ask)
+        assert "PermissionError" in result.stdout, result.stdout
+
+
+@pytest.mark.section("Harden the app")
+def test_pages_of_other_origins_may_not_use_the_endpoint(served):
+    foreign = {"Origin": "https://foreign.example"}
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    preflight = requests.options(f"{URL}/v1/chat/completions", headers=foreign | asked, timeout=30)
+    assert preflight.status_code == 400 and "Access-Control-Allow-Origin" not in preflight.headers
+    # A form or plain text needs no preflight, so the server itself has to refuse it.
+    for content_type in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"):
+        headers = foreign | {"Content-Type": content_type}
+        answer = requests.post(f"{URL}/v1/chat/completions", json=None, data=str(CHAT), headers=headers, timeout=30)
+        assert answer.status_code == 400, f"{content_type}: {answer.status_code}"
+    answer = requests.post(f"{URL}/v1/chat/completions", json=CHAT, headers=foreign, timeout=60)
+    assert answer.status_code == 200 and "Access-Control-Allow-Origin" not in answer.headers

@@ -9,7 +9,7 @@ from ci.common import ROOT, run
 from ci.tests.serving.app import API_KEY, LOGS, PROMPT, TOKEN_IN_FILE, TOKEN_IN_VARIABLE
 
 
-@pytest.mark.section("Keep it safe")
+@pytest.mark.section("Harden the app")
 def test_secrets_and_prompts_are_in_no_log(served):
     """The exceptions are those that the text names."""
     token = (Path.home() / ".ray" / "auth_token").read_text().strip()

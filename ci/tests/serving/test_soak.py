@@ -13,7 +13,7 @@ import requests
 from ci.tests.serving.app import COMPLETION, URL, complete, metric, stream_is_whole, wait_for
 
 
-@pytest.mark.section("Keep it safe")
+@pytest.mark.section("Harden the app")
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_ten_minutes_of_mixed_load_fail_nothing_and_leak_nothing(served):

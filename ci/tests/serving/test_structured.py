@@ -1,0 +1,43 @@
+"""A schema that the engine can't enforce is refused, also after one that it can."""
+
+import json
+
+import pytest
+import requests
+
+from ci.tests.serving.app import CHAT, URL, complete, engines
+
+pytestmark = pytest.mark.section("Harden the app")
+VALID = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
+
+
+def ask(**changes) -> requests.Response:
+    return requests.post(f"{URL}/v1/chat/completions", json=CHAT | {"max_tokens": 40} | changes, timeout=120)
+
+
+def schema(schema: dict) -> dict:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}}
+
+
+def test_schema_is_enforced(served):
+    answer = ask(**schema(VALID))
+    assert answer.status_code == 200, answer.text
+    content = answer.json()["choices"][0]["message"]["content"]
+    assert isinstance(json.loads(content)["sum"], int), content
+
+
+@pytest.mark.parametrize(
+    "request_of",
+    [
+        schema({"type": "object", "properties": {"sum": {"type": "integer", "multipleOf": 5}}}),
+        schema({"type": "object", "patternProperties": {"^s": {"type": "integer"}}}),
+        {"structured_outputs": {"grammar": "root ::= ("}},
+    ],
+    ids=["multipleOf", "patternProperties", "malformed grammar"],
+)
+def test_what_cannot_be_enforced_is_refused_after_a_valid_request(served, request_of):
+    assert ask(**schema(VALID)).status_code == 200
+    before = engines()
+    answer = ask(**request_of)
+    assert answer.status_code == 400, f"{answer.status_code} {answer.text[:300]}"
+    assert engines() == before and complete().status_code == 200
