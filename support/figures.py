@@ -97,7 +97,7 @@ def draw_capacity(requests_that_fit) -> plt.Figure:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
-    axes[0].yaxis.set_major_formatter("{x:,.0f}")
+    axes[0].yaxis.set_major_formatter("{x:,g}")
     axes[0].yaxis.set_minor_formatter(NullFormatter())
     for fp8, marker in (False, "kx"), (True, "k+"):
         axes[0].plot(8192, FIT_ON_H200[fp8], marker, label=f"measured, H200{', FP8' if fp8 else ''}")

@@ -29,32 +29,30 @@ def start_ray(machine: Machine) -> tuple[subprocess.Popen | None, str]:
 
     Raises RuntimeError with Ray's own words when it doesn't start, ConnectionError when it isn't up after 90 s.
     """
-    ray_head = None
-    if not machine.ray_was_running:
-        os.environ["RAY_metrics_report_interval_ms"] = "2000"  # For the section on monitoring. The default is 10 s.
-        # This Ray is alone. When it ends, no other node and no load balancer needs time to notice.
-        os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
-        os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
-        cpus = max(8, os.cpu_count())  # What Ray may hand out. The app's processes share the cores of a small machine.
-        command = f"ray start --head --block --disable-usage-stats --metrics-export-port=8080 --num-cpus={cpus}"
-        Path("build").mkdir(exist_ok=True)
-        with open("build/ray.log", "w") as log:
-            ray_head = subprocess.Popen(
-                [
-                    "setpriv",
-                    "--pdeathsig",
-                    "TERM",
-                    *command.split(),
-                ],  # Ends with this notebook's kernel, however that ends
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                umask=0o077,  # HAProxy's admin socket is for nobody else.
-            )
+    ray_head = None if machine.ray_was_running else start_head()
+    if ray_head:
         import ray.serve.llm  # noqa: F401  (takes as long as Ray's start, so do both at once)
     connect(ray_head)
-    host = choose_host(ray_head)
-    return ray_head, host
+    return ray_head, choose_host(ray_head)
+
+
+def start_head() -> subprocess.Popen:
+    """Start `ray start --head` as a child that ends with this process. What it says goes to build/ray.log."""
+    os.environ["RAY_metrics_report_interval_ms"] = "2000"  # For the section on monitoring. The default is 10 s.
+    # This Ray is alone. When it ends, no other node and no load balancer needs time to notice.
+    os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
+    os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    cpus = max(8, os.cpu_count())  # What Ray may hand out. The app's processes share the cores of a small machine.
+    command = f"ray start --head --block --disable-usage-stats --metrics-export-port=8080 --num-cpus={cpus}"
+    Path("build").mkdir(exist_ok=True)
+    with open("build/ray.log", "w") as log:
+        return subprocess.Popen(
+            ["setpriv", "--pdeathsig", "TERM", *command.split()],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            umask=0o077,  # HAProxy's admin socket is for nobody else.
+        )
 
 
 @retry(retry=retry_if_exception_type(ConnectionError), stop=stop_after_delay(90), wait=wait_fixed(1), reraise=True)

@@ -31,3 +31,11 @@ def test_checkpoint_that_was_cut_off_is_made_anew(tmp_path):
     assert result.returncode == 0, result.stdout
     assert (tmp_path / "tiny-llama" / "model.safetensors").stat().st_size > 1_000_000
     assert [file.name for file in tmp_path.iterdir()] == ["tiny-llama"]
+
+
+@pytest.mark.section("Improve concurrency")
+def test_engine_takes_the_share_of_memory_that_the_arithmetic_takes(cell):
+    from vllm.config import CacheConfig
+
+    assert CacheConfig.gpu_memory_utilization == 0.92 and "0.92 by default" in cell("dashboard")
+    assert "0.92 * memory_gib" in cell("kv-arithmetic")
