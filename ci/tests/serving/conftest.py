@@ -60,7 +60,9 @@ def cluster(cell, tmp_path_factory):
 @pytest.fixture(scope="package")
 def served(cluster, tmp_path_factory):
     """The stand-in's app, deployed from the file, and answering. Its value is what was said of it on the way."""
-    deploy("tiny_llama.app:app", tmp_path_factory.mktemp("served"))
+    # One replica under any load: bursts would call for a second one.
+    one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
+    deploy("tiny_llama.app:app", tmp_path_factory.mktemp("served"), one)
     messages = []
     wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
     wait_for(lambda: complete().status_code == 200, "completion")

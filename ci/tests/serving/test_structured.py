@@ -1,7 +1,5 @@
 """A schema that the engine can't enforce is refused, also after one that it can."""
 
-import json
-
 import pytest
 import requests
 
@@ -20,10 +18,13 @@ def schema(schema: dict) -> dict:
 
 
 def test_schema_is_enforced(served):
+    """The stand-in has never seen JSON, so what it says in it is the engine's doing. It may run out of tokens."""
     answer = ask(**schema(VALID))
     assert answer.status_code == 200, answer.text
-    content = answer.json()["choices"][0]["message"]["content"]
-    assert isinstance(json.loads(content)["sum"], int), content
+    content = "".join(answer.json()["choices"][0]["message"]["content"].split())
+    assert content.startswith("{") and '{"sum":'.startswith(content[:7]), content
+    free = ask().json()["choices"][0]["message"]["content"]
+    assert not free.lstrip().startswith("{"), free
 
 
 @pytest.mark.parametrize(
