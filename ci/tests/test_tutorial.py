@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from ci.common import ROOT, run, troubleshooting
-from ci.tests.processes import what_the_tutorial_runs
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
 
 pytestmark = [pytest.mark.timeout(2000), pytest.mark.section("Monitor your deployment")]
 SESSION = Path("/tmp/ray/session_latest")
@@ -84,8 +84,7 @@ def load(executed):
 def test_notebook_passes_under_nbmake_and_leaves_nothing_behind(executed):
     assert executed.passed, executed.log
     assert "1 passed" in executed.log
-    left = what_the_tutorial_runs() - executed.before
-    assert not left, "\n".join(left)
+    assert_nothing_left(executed.before)
 
 
 def test_every_figure_is_saved(executed):
