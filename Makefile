@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tutorial-on-image-versions check test soak readme docs template benchmark figures lock clean
+.PHONY: help tutorial tutorial-on-image-versions check test soak readme record docs template benchmark figures lock clean
 SHELL := /bin/bash
 
 # Ray can't start from an environment whose path has a space in it.
@@ -39,6 +39,10 @@ soak: ## ten minutes of mixed load on the stand-in: nothing fails, nothing leaks
 readme: ## write README.md and the files that the notebook shows, from the notebook
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
 	@$(call in,$(CHECK_VENV)) ci/tools/readme.sh
+
+record: ## write what the runs in records/ printed and drew into the notebook, then as make readme
+	@ci/tools/setup.sh check "$(CHECK_VENV)"
+	@$(call in,$(CHECK_VENV)) python ci/tools/record.py && $(call in,$(CHECK_VENV)) ci/tools/readme.sh
 
 docs: ## build the docs pages, README.html and notebook.html in build/docs/html
 	@ci/tools/setup.sh test "$(TEST_VENV)"

@@ -29,7 +29,7 @@ def finish(figure: plt.Figure, name: str, title: str, caption: str) -> plt.Figur
 def setup_of(machine: Machine) -> str:
     versions = ", ".join(f"{label} {version(name)}" for label, name in (("Ray", "ray"), ("vLLM", "vllm")))
     lengths = f"{INPUT_TOKENS} tokens in, {OUTPUT_TOKENS} out"
-    return f"{machine.model} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
+    return f"{Path(machine.model).name} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
 
 
 def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Figure:
