@@ -65,7 +65,7 @@ def check_ports(count: int) -> None:
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 raise SystemExit(
-                    f"Port {port} is taken. End what listens there first, the notebook's Ray say."
+                    f"Port {port} is taken. End what listens there, the notebook's Ray say, and wait a minute."
                 ) from None
 
 

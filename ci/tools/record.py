@@ -1,13 +1,12 @@
 """Write into notebook.ipynb what a run of it printed and drew, under each cell: `make record`.
 
 A record is an executed notebook in records/. To put a new run in an old one's place:
-python ci/tools/record.py --take build/notebook.ipynb --name h200 --commit ID --on "one H200, random weights, Ray 2.60.0"
+python ci/tools/record.py --take build/notebook.ipynb --name h200 --commit ID --on "H200, random weights, Ray 2.60.0"
 """
 
 import argparse
 import base64
 import re
-import textwrap
 from pathlib import Path
 
 import nbformat
@@ -46,17 +45,18 @@ def read_records() -> dict[str, nbformat.NotebookNode]:
 
 
 def outputs(record: nbformat.NotebookNode, cell_id: str) -> tuple[str, bytes | None]:
-    """The text that a cell printed, without colors, and the picture that it drew, if any."""
+    """The text that a cell printed to stdout, without colors, and the picture that it drew, if any."""
     cell = next(cell for cell in record.cells if cell.id == cell_id)
-    text = "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    text = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
     pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
-    return re.sub(r"\x1b\[[\d;]*m", "", text).strip(), base64.b64decode(pictures[0]) if pictures else None
+    return re.sub(r"\x1b\[[\d;]*m", "", text).strip("\n"), base64.b64decode(pictures[0]) if pictures else None
 
 
 def folded(text: str) -> str:
-    """`text` in lines of at most 110 characters, as no reader scrolls sideways."""
-    lines = [textwrap.wrap(line, 110, subsequent_indent="    ") or [""] for line in text.splitlines()]
-    return "\n".join(line for wrapped in lines for line in wrapped)
+    """`text` in lines of at most 110 characters, broken behind a comma where there is one: nobody scrolls sideways."""
+    return "\n".join(
+        re.sub(r"(.{1,109},|.{110})(?=.)", r"\1\n", line) if len(line) > 110 else line for line in text.splitlines()
+    )
 
 
 def part(record: nbformat.NotebookNode, cell_id: str) -> str:
@@ -67,9 +67,9 @@ def part(record: nbformat.NotebookNode, cell_id: str) -> str:
         number = 2 + list(FIGURES).index(cell_id)  # Figure 1 is drawn from the benchmark.
         file = f"images/{cell_id.removeprefix('draw-')}.png"
         (ROOT / file).write_bytes(picture)
-        said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}, recorded {record.metadata.recorded}.*"]
+        said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {record.metadata.recorded}*"]
     else:
-        said.append(f"*Recorded {record.metadata.recorded}.*")
+        said.append(f"*{record.metadata.recorded}*")
     return "\n\n".join(said)
 
 
@@ -107,7 +107,7 @@ def take(run: Path, name: str, on: str, commit: str) -> None:
         cell.metadata = {"tags": cell.metadata.get("tags", [])}
     date = record.metadata.papermill.start_time[:10]
     kept = {key: record.metadata[key] for key in ("kernelspec", "language_info")}
-    record.metadata = {**kept, "recorded": f"on {on}, {date}", "commit": commit}
+    record.metadata = {**kept, "recorded": f"{on}, {date}", "commit": commit}
     RECORDS.mkdir(exist_ok=True)
     nbformat.write(record, RECORDS / f"{name}.ipynb")
 
