@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tutorial-on-image-versions check test soak readme record docs template benchmark figures lock clean
+.PHONY: help tutorial tutorial-on-image-versions check test soak readme record docs template benchmark lock clean
 SHELL := /bin/bash
 
 # Ray can't start from an environment whose path has a space in it.
@@ -57,10 +57,6 @@ template: ## assemble Anyscale's template in build/template, and run its tests.s
 benchmark: ## measure variants side by side: make benchmark VARIANTS="tutorial vllm-serve"
 	@ci/tools/setup.sh tutorial "$(VENV)"
 	@$(call in,$(VENV)) python -m benchmarks.run all $(VARIANTS)
-
-figures: ## draw images/ from the records in benchmarks/results
-	@ci/tools/setup.sh check "$(CHECK_VENV)"
-	@$(call in,$(CHECK_VENV)) python -m benchmarks.figures
 
 lock: ## resolve pyproject.toml into ci/locks/ and requirements.txt
 	@ci/tools/setup.sh check "$(CHECK_VENV)"

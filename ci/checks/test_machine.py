@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from ci.common import run
+from support.machine import PORTS
 
 pytestmark = pytest.mark.section("Check your machine")
 
@@ -156,10 +157,12 @@ def test_local_model_needs_no_access(gpu, tmp_path):
     assert result.returncode == 0, result.stdout
 
 
-@pytest.mark.parametrize("port", [8000, 8265, 6379, 8080])
-def test_taken_port(quoted, port):
-    with socket.create_server(("127.0.0.1", port)):
-        result = execute(ALONE + "m.check_ports()")
+def test_taken_port(quoted):
+    """With a port of this test's own: a Ray may run here meanwhile."""
+    assert set(PORTS) == {8000, 8265, 6379, 8080}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = execute(ALONE + f"m.PORTS = {{{port}: 'the API'}}; m.check_ports()")
     assert result.returncode == 1
     assert f"Port {port} is taken, and" in result.stdout and f"`ss -ltnp 'sport = :{port}'` says" in result.stdout
     quoted("Port ... is taken...", result.stdout)

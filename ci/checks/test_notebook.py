@@ -39,7 +39,7 @@ def test_readme_shows_no_notebook_syntax():
     for trace in ("%%", "\x1b", "â€", "ðŸ"):  # Cell magics, ANSI colors, UTF-8 read as cp1252
         assert trace not in readme
     fences = re.findall(r"^```(.*)$", readme, flags=re.M)
-    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console"} and set(fences[1::2]) == {""}
+    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console", "text"} and set(fences[1::2]) == {""}
 
 
 def test_notebook_holds_no_outputs(notebook):

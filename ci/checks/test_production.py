@@ -100,11 +100,11 @@ def test_serve_compares_the_file_only_and_notices_a_variable_in_it():
 
 
 def test_text_names_rays_defaults(cell):
-    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "a billion are admitted" in cell("compare")
+    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "a billion are admitted" in cell("harden")
     assert DEFAULT_HEALTH_CHECK_PERIOD_S * REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 30
-    assert "after half a minute | after three checks, six seconds" in cell("compare")
+    assert "after half a minute | after three checks, six seconds" in cell("harden")
     assert "health_check_period_s=2," in cell("serve-app")
-    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("compare")
+    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("harden")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
     assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in troubleshooting()
 
@@ -115,13 +115,9 @@ def test_limits_admit_what_the_text_promises(cell):
     ongoing, queued = (
         int(re.search(rf"max_{kind}_requests=(\d+)", cell("serve-app"))[1]) for kind in ("ongoing", "queued")
     )
-    assert f"`max_ongoing_requests={ongoing}`" in cell("compare") and f"`max_queued_requests={queued}`" in cell(
-        "compare"
-    )
+    assert f"`max_ongoing_requests={ongoing}`" in cell("harden") and f"`max_queued_requests={queued}`" in cell("harden")
     assert (
-        ongoing == queued == 256
-        and "the replica works on 256" in cell("compare")
-        and "256 more wait" in cell("compare")
+        ongoing == queued == 256 and "the replica works on 256" in cell("harden") and "256 more wait" in cell("harden")
     )
 
 

@@ -62,14 +62,13 @@ def folded(text: str) -> str:
 def part(record: nbformat.NotebookNode, cell_id: str) -> str:
     """The Markdown of what a cell printed and drew. Writes the picture into images/."""
     text, picture = outputs(record, cell_id)
-    said = [f"```text\n{folded(text)}\n```"] if text else []
+    said = [f"```text\n# {record.metadata.recorded}\n{folded(text)}\n```"] if text else []
     if picture:
-        number = 2 + list(FIGURES).index(cell_id)  # Figure 1 is drawn from the benchmark.
+        number = 2 + list(FIGURES).index(cell_id)  # Figure 1 is at the top of the page.
         file = f"images/{cell_id.removeprefix('draw-')}.png"
         (ROOT / file).write_bytes(picture)
-        said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {record.metadata.recorded}*"]
-    else:
-        said.append(f"*{record.metadata.recorded}*")
+        where = record.metadata.recorded.partition(", Ray ")[0]  # The rest stands in the picture.
+        said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {where}.*"]
     return "\n\n".join(said)
 
 
