@@ -25,7 +25,7 @@ NUMBERS = {
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
     "about-knee": "99 100 4",  # The SLO's percentile; the figure
-    "about-autoscaling": "64 50 700",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
+    "about-autoscaling": "64 50 700 5",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
     "compare": "512 128 1",  # The records' lengths and points

@@ -85,6 +85,23 @@ def with_parts(notebook: nbformat.NotebookNode) -> list:
     return cells
 
 
+def with_outputs(notebook: nbformat.NotebookNode) -> list:
+    """The notebook's cells as executed, with the records' outputs in place of the recorded parts: for the docs page."""
+    records, cells = read_records(), []
+    for cell in [cell for cell in notebook.cells if "recorded" not in cell.metadata.get("tags", [])]:
+        cells.append(cell)
+        if cell.id in PARTS:
+            record = records[PARTS[cell.id]]
+            text, picture = outputs(record, cell.id)
+            said = f"# {record.metadata.recorded}\n{folded(text)}"
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
+            if picture:
+                data = {"image/png": base64.b64encode(picture).decode()}
+                cell.outputs.append(nbformat.v4.new_output("display_data", data))
+                cell.metadata["mystnb"] = {"image": {"alt": FIGURES[cell.id]}}
+    return cells
+
+
 def outdated(notebook: nbformat.NotebookNode) -> list[str]:
     """The cells whose recorded part is of other code than theirs, or of another app or launch."""
     now, old = {cell.id: cell.source for cell in notebook.cells}, []
