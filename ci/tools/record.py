@@ -5,6 +5,7 @@ python ci/tools/record.py --take build/notebook.ipynb --name h200 --commit ID --
 """
 
 import argparse
+import ast
 import base64
 import re
 from pathlib import Path
@@ -53,10 +54,15 @@ def outputs(record: nbformat.NotebookNode, cell_id: str) -> tuple[str, bytes | N
 
 
 def folded(text: str) -> str:
-    """`text` in lines of at most 110 characters, broken behind a comma where there is one: nobody scrolls sideways."""
-    return "\n".join(
-        re.sub(r"(.{1,109},|.{110})(?=.)", r"\1\n", line) if len(line) > 110 else line for line in text.splitlines()
-    )
+    """`text` in lines of at most 110 characters, broken at a space or between the items of JSON."""
+    lines = []
+    for line in text.expandtabs().splitlines():
+        while len(line) > 110:
+            cut = max(line.rfind(" ", 0, 110), line.rfind(',"', 0, 110)) + 1 or 110
+            lines.append(line[:cut].rstrip())
+            line = line[cut:]
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def part(record: nbformat.NotebookNode, cell_id: str) -> str:
@@ -68,6 +74,7 @@ def part(record: nbformat.NotebookNode, cell_id: str) -> str:
         file = f"images/{cell_id.removeprefix('draw-')}.png"
         (ROOT / file).write_bytes(picture)
         where = record.metadata.recorded.partition(", Ray ")[0]  # The rest stands in the picture.
+        where = "Computed, with what an H200 logged" if cell_id == "draw-capacity" else where
         said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {where}.*"]
     return "\n\n".join(said)
 
@@ -102,11 +109,19 @@ def with_outputs(notebook: nbformat.NotebookNode) -> list:
     return cells
 
 
+def code(source: str) -> str:
+    """What a cell does: of Python its syntax tree, so that comments and line breaks don't count."""
+    try:
+        return ast.dump(ast.parse(source.removeprefix("%%writefile serve_llama_3_1_8b.py")))
+    except SyntaxError:
+        return source
+
+
 def outdated(notebook: nbformat.NotebookNode) -> list[str]:
     """The cells whose recorded part is of other code than theirs, or of another app or launch."""
-    now, old = {cell.id: cell.source for cell in notebook.cells}, []
+    now, old = {cell.id: code(cell.source) for cell in notebook.cells if cell.cell_type == "code"}, []
     for name, record in read_records().items():
-        then = {cell.id: cell.source for cell in record.cells}
+        then = {cell.id: code(cell.source) for cell in record.cells if cell.cell_type == "code"}
         shown = [cell_id for cell_id, source in PARTS.items() if source == name]
         old += [cell_id for cell_id in shown if any(now[one] != then.get(one) for one in (cell_id, *BASIS))]
     return old
