@@ -14,7 +14,6 @@ extensions = ["myst_nb", "sphinx_copybutton"]
 copybutton_selector = "div:not(.highlight-text):not(.output) > div.highlight pre"  # Code, and no output
 root_doc = "README"
 include_patterns = ["README.md", "notebook.ipynb", "TROUBLESHOOTING.md", "SECURITY.md", "benchmarks/README.md"]
-suppress_warnings = ["toc.not_included"]  # Each is linked from the page instead.
 nb_execution_mode = "off"
 myst_heading_anchors = 4
 html_theme = "pydata_sphinx_theme"
@@ -24,13 +23,15 @@ html_theme_options = {"show_toc_level": 2, "secondary_sidebar_items": ["page-toc
 html_context = {"default_mode": "auto"}
 
 
-def put_outputs_in(app, docname: str, source: list[str]) -> None:
-    """Show the notebook as the records' runs left it."""
-    if docname == "notebook":
+def prepare(app, docname: str, source: list[str]) -> None:
+    """Show the notebook as the records' runs left it. No page is in a table of contents: each is linked instead."""
+    if docname != "notebook":  # It has this in its metadata. In README.md, GitHub would show it as a table.
+        source[0] = f"---\norphan: true\n---\n{source[0]}"
+    else:
         notebook = nbformat.reads(source[0], as_version=4)
         notebook.cells = record.with_outputs(notebook)
         source[0] = nbformat.writes(notebook)
 
 
 def setup(app) -> None:
-    app.connect("source-read", put_outputs_in)
+    app.connect("source-read", prepare)
