@@ -19,16 +19,16 @@ pytestmark = pytest.mark.section("The repository")
 NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
-    "title": "3.1 1 4.50 60 0.35 99 100 8 24 16 64 2.60 0.29 2026 11",
+    "title": "3.1 1 4.50 60 0.35 128 64 99 100 8 24 16 2.60 0.29 2026 11",
     "about-config": "3.11 3.12",  # What the locks hold for
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
-    "about-knee": "99 100 4",  # The SLO's percentile; the figure
-    "about-autoscaling": "64 50 700 5",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
+    "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
+    "about-autoscaling": "64 50 700 5 40 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
-    "compare": "512 128 1",  # The records' lengths and points
+    "compare": "512 128 2.11.0 2.13.0",  # The records' lengths, points and versions
     "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "about-serve-deploy": "2.60",  # max_surge_percent came with it
     "about-image": "2.59.0 0.27.0",  # test_text_and_files_name_the_versions_of_their_groups
@@ -59,7 +59,7 @@ def test_text_describes_the_load(cell):
     load = (ROOT / "support" / "load.py").read_text()
     concurrent = re.search(r"concurrency=(\d+)", cell("load"))[1]
     tokens = re.search(r"INPUT_TOKENS, OUTPUT_TOKENS = (\d+), (\d+)", load).groups()
-    assert f"keeps {concurrent} requests under way" in cell("monitor")
+    assert f"keeps {concurrent} requests in flight" in cell("monitor")
     assert "random prompt of {} tokens and an answer of {}".format(*tokens) in cell("monitor")
     assert "TTFT p50 {result['median_ttft_ms']:.0f} ms" in load and "TPOT p50 {result['median_tpot_ms']:.1f} ms" in load
 
@@ -99,7 +99,9 @@ def test_sweep_is_read_as_the_text_says(cell, tmp_path, monkeypatch):
 @pytest.mark.section("Scale with the load")
 def test_autoscaling_target_is_said_once(cell):
     target = re.search(r'"TARGET_ONGOING_REQUESTS", "(\d+)"', cell("serve-app"))[1]
-    assert f"target={target})" in cell("autoscale") and f"default of {target} suits" in cell("about-autoscaling")
+    assert f"target={target})" in cell("autoscale") and f"default of {target} is the H200's" in cell(
+        "about-autoscaling"
+    )
 
 
 def test_each_figure_is_drawn_and_shown_where_it_is_spoken_of(notebook, cell):
