@@ -16,7 +16,12 @@ CITATION = re.compile(
     r"\[([\d,.]+) [^]]*\]"
     r"\(benchmarks/results/h200-chat-([\w-]+)\.json \"(\w+) at (\d+)(?:, over ([\w-]+))?\"\)"
 )
-MEASURED = re.compile(r"\d[\d,.]* (?:times|ms|tok/s|tokens per second|%)(?!\w)")
+MEASURED = re.compile(
+    r"\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
+    r"|\w+(?: times|fold) (?:as|slower|faster|longer|shorter|higher|lower|more|less)\b|twice as \w+|half as \w+"
+)
+SERVERS = {"default path": "default-path", "direct streaming": "tutorial", "vllm serve": "vllm-serve"}
+CONSTANTS = {"20 s"}  # Ray's default, in test_text_names_rays_defaults
 
 
 def prose(notebook) -> dict[str, str]:
@@ -41,8 +46,17 @@ def test_each_number_equals_its_record(notebook):
 
 
 def test_no_number_stands_without_its_record(notebook):
-    free = {name: MEASURED.findall(CITATION.sub("", text)) for name, text in prose(notebook).items()}
+    free = {name: set(MEASURED.findall(CITATION.sub("", text))) - CONSTANTS for name, text in prose(notebook).items()}
     assert not any(free.values()), {name: numbers for name, numbers in free.items() if numbers}
+
+
+def test_each_number_is_said_of_the_server_that_was_measured(cell):
+    """In each item of the list, the servers are named in the order of the records."""
+    items = [line for line in cell("compare").splitlines() if CITATION.search(line)]
+    for item in items:
+        said = [SERVERS[name] for name in re.findall("|".join(SERVERS), CITATION.sub("", item))]
+        assert said == [variant for _, variant, *_ in CITATION.findall(item)], item
+    assert len(items) == 2
 
 
 def test_compared_records_are_of_one_sitting():
@@ -93,6 +107,14 @@ def test_kv_arithmetic_against_the_engines_log(arithmetic, fp8):
     assert arithmetic["kv_cache_tokens"](kv_cache["memory_mib"] / 1024, fp8) == pytest.approx(measured, rel=0.03)
     assert FIT_ON_H200[fp8] == pytest.approx(measured / 8192, abs=0.01)
     assert MEMORY_GIB["H200"] == pytest.approx(kv_cache["memory_mib"] / 1024, abs=0.1)
+
+
+@pytest.mark.section("Improve concurrency")
+def test_arithmetic_takes_the_share_of_the_memory_that_the_text_names(arithmetic, cell):
+    """Where vLLM is installed, ci/tests/test_engine.py compares this share with the engine's."""
+    said = re.search(r"`gpu_memory_utilization`, (\d\.\d+) by default", cell("dashboard"))[1]
+    one_gib_more = arithmetic["kv_cache_tokens"](41) - arithmetic["kv_cache_tokens"](40)
+    assert one_gib_more * arithmetic["KV_BYTES_PER_TOKEN"] / 2**30 == pytest.approx(float(said))
 
 
 @pytest.mark.section("Improve concurrency")
