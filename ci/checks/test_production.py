@@ -130,14 +130,8 @@ def test_limits_admit_what_the_text_promises(cell):
     ongoing, queued = (
         int(re.search(rf"max_{kind}_requests=(\d+)", cell("serve-app"))[1]) for kind in ("ongoing", "queued")
     )
-    assert f"`max_ongoing_requests={ongoing}`" in cell("compare") and f"`max_queued_requests={queued}`" in cell(
-        "compare"
-    )
-    assert (
-        ongoing == queued == 256
-        and "the replica works on 256" in cell("compare")
-        and "256 more wait" in cell("compare")
-    )
+    assert queued >= ongoing
+    assert f"the replica works on {ongoing}" in cell("compare") and f"{queued} more wait" in cell("compare")
 
 
 @pytest.mark.section("Harden the app")
@@ -148,7 +142,6 @@ def test_weights_are_pinned_as_recorded(cell):
     assert pinned == {name: record["commit"] for name, record in recorded.items()} and len(pinned) == 2
     text = (ROOT / "README.md").read_text() + (ROOT / "support" / "machine.py").read_text()
     assert set(re.findall(r"(?:MODEL_SOURCE=|LLAMA, UNGATED = \")([\w-]+/[\w.-]+)", text)) <= set(pinned)
-    assert "revision=commits.get(model_source)" in cell("serve-app")
 
 
 def parse(line: str) -> None:

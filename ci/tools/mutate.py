@@ -77,6 +77,7 @@ def main(words: list[str]) -> None:
     listed = yaml.safe_load(LIST.read_text())
     mutations = [one | {"checks": checks} for checks, some in listed.items() for one in some]
     for mutation in mutations:
+        assert (ROOT / "ci" / "checks" / mutation["checks"]).exists(), mutation["checks"]
         changed(mutation, ROOT)
     wrong = []
     print("| mutation | noticed by | seconds |\n| --- | --- | ---: |")
