@@ -1,6 +1,6 @@
 """Make one harmful change at a time in a copy of the repository, and see that a check notices: `make mutations`.
 
-Usage: python -m ci.tools.mutate [WORD...]   (only the mutations whose name has one of the words)
+Usage: python -m ci.tools.mutate [WORD...]   (only those whose name, or whose file of checks, has one of the words)
 
 The list is ci/tools/mutations.yaml. A change of the notebook is followed by what `make readme` runs, as a maintainer
 would, so that files and README.md follow. Prints a Markdown table. Fails when a change is noticed by no check, or is
@@ -61,16 +61,20 @@ def noticed_by(mutation: dict, folder: Path) -> str:
     """The first check that fails with this change, of the file that should notice, or of all; empty when none does."""
     file, text = changed(mutation, folder)
     file.write_text(text)
-    if file.name == NOTEBOOK and run("ci/tools/readme.sh", folder).returncode:
-        return "make readme"
+    if file.name == NOTEBOOK:
+        written = run("ci/tools/readme.sh", folder)
+        if written.returncode:
+            raise SystemExit(f"{mutation['name']}: `make readme` fails: {written.stderr}")
     return failure(f"ci/checks/{mutation['checks']}", folder) or failure("ci/checks", folder)
 
 
 def failure(checks: str, folder: Path) -> str:
-    """The first check that fails, or what pytest says when it can't run them."""
+    """The first check that fails. Raises SystemExit when pytest can't run them: that is no check's merit."""
     result = run(f"python -m pytest {checks} -x -q -rfE -p no:cacheprovider", folder)
     failed = re.search(r"^(?:FAILED|ERROR) ci/checks/([\w.:]+)", result.stdout, flags=re.M)
-    return failed[1] if failed else "" if result.returncode == 0 else "pytest: " + result.stderr.strip()[:200]
+    if not failed and result.returncode:
+        raise SystemExit(f"pytest {checks}: {result.stdout[-1000:]}{result.stderr}")
+    return failed[1] if failed else ""
 
 
 def main(words: list[str]) -> None:
@@ -88,7 +92,7 @@ def main(words: list[str]) -> None:
         if unfit := failure("ci/checks", folder):
             raise SystemExit(f"{unfit} fails without a mutation, too. Mend that first")
         for mutation in mutations:
-            if words and not any(word in mutation["name"] for word in words):
+            if words and not any(word in f"{mutation['checks']} {mutation['name']}" for word in words):
                 continue
             began_s = time.monotonic()
             check, reason = noticed_by(mutation, folder), mutation.get("survives", "")
