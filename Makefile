@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tutorial-on-image-versions check test soak readme record docs template benchmark lock clean
+.PHONY: help tutorial tutorial-on-image-versions check mutations test soak readme record docs template benchmark lock clean
 SHELL := /bin/bash
 
 # Ray can't start from an environment whose path has a space in it.
@@ -27,6 +27,10 @@ tutorial-on-image-versions: ## the same without a GPU, on the Ray and vLLM of th
 check: ## check in a minute what needs neither the engine nor a server
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
 	@$(call in,$(CHECK_VENV)) python -m pytest ci/checks
+
+mutations: ## see that harmful changes, made one at a time in a copy, fail a check: make mutations WORDS="key port"
+	@ci/tools/setup.sh check "$(CHECK_VENV)"
+	@$(call in,$(CHECK_VENV)) python -m ci.tools.mutate $(WORDS)
 
 test: ## set up, check everything, on CPUs
 	@ci/tools/setup.sh test "$(TEST_VENV)"

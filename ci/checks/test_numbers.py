@@ -14,7 +14,13 @@ CITATION = re.compile(
     r"\[([\d,.]+) [^]]*\]"
     r"\(benchmarks/results/([\w-]+)/([\w-]+)\.json \"(\w+) at (\d+)(?:, over ([\w-]+))?\"\)"
 )
-MEASURED = re.compile(r"\d[\d,.]* (?:times|ms|tok/s|tokens per second|%)(?!\w)")
+MEASURED = re.compile(
+    r"\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
+    r"|\w+(?: times|fold) (?:as|slower|faster|longer|shorter|higher|lower|more|less)\b|twice as \w+|half as \w+"
+)
+SERVERS = {"default path": "default-path", "`vllm serve`": "vllm-serve"}
+# Ray's default, in test_text_names_rays_defaults, and the stand-in's delays, in test_autoscaling_target_is_said_once
+CONSTANTS = {"20 s", "40 s", "30 s"}
 
 
 def prose(notebook) -> dict[str, str]:
@@ -54,9 +60,20 @@ def test_text_says_what_may_not_be_claimed(notebook):
 
 
 def test_no_number_stands_without_its_record(notebook):
-    free = {name: MEASURED.findall(CITATION.sub("", text)) for name, text in prose(notebook).items()}
-    assert free.pop("title") == ["60 %"]  # test_price_at_the_top_is_the_records
+    free = {name: set(MEASURED.findall(CITATION.sub("", text))) - CONSTANTS for name, text in prose(notebook).items()}
+    assert free.pop("title") == {"60 %"}  # test_price_at_the_top_is_the_records
     assert not any(free.values()), {name: numbers for name, numbers in free.items() if numbers}
+
+
+def test_each_number_is_said_of_the_server_that_was_measured(cell):
+    """In each row of the table: the app, what it is compared with, and the ratio of the two."""
+    rows = [line for line in cell("compare").splitlines() if CITATION.search(line)]
+    for row in rows:
+        [other] = [server for name, server in SERVERS.items() if name in CITATION.sub("", row)]
+        found = [(server, over) for _, _, server, _, _, over in CITATION.findall(row)]
+        assert found == [("tutorial", ""), (other, ""), ("tutorial", other)], row
+        assert {point for _, _, _, _, point, _ in CITATION.findall(row)} == {row.split("|")[1].strip()}
+    assert len(rows) == 2
 
 
 def test_compared_records_are_of_one_sitting():
@@ -115,6 +132,14 @@ def test_kv_arithmetic_against_the_engines_log(arithmetic, fp8):
     assert arithmetic["kv_cache_tokens"](kv_cache["memory_mib"] / 1024, fp8) == pytest.approx(measured, rel=0.03)
     assert FIT_ON_H200[fp8] == pytest.approx(measured / 8192, abs=0.01)
     assert MEMORY_GIB["H200"] == pytest.approx(kv_cache["memory_mib"] / 1024, abs=0.1)
+
+
+@pytest.mark.section("Improve concurrency")
+def test_arithmetic_takes_the_share_of_the_memory_that_the_text_names(arithmetic, cell):
+    """Where vLLM is installed, ci/tests/test_engine.py compares this share with the engine's."""
+    said = re.search(r"`gpu_memory_utilization`, (\d\.\d+) by default", cell("dashboard"))[1]
+    one_gib_more = arithmetic["kv_cache_tokens"](41) - arithmetic["kv_cache_tokens"](40)
+    assert one_gib_more * arithmetic["KV_BYTES_PER_TOKEN"] / 2**30 == pytest.approx(float(said))
 
 
 @pytest.mark.section("Improve concurrency")
