@@ -19,7 +19,8 @@ from ci.tests.serving.app import (
 )
 from support.serving import start_head, stop_ray
 
-ORDER = "start limits listening structured advisories bad_requests faults key update two_replicas soak secrets shutdown".split()
+ORDER = """start limits listening structured advisories bad_requests faults key update two_replicas soak secrets
+    shutdown""".split()
 
 
 @pytest.hookimpl(trylast=True)
