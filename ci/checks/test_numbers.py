@@ -40,8 +40,8 @@ def test_each_number_equals_its_record(notebook):
         assert said == f"{number:,.{digits}f}", f"{variant} {metric} at {concurrency} {other}: the record says {number}"
 
 
-def test_no_number_stands_without_its_record(notebook):
-    free = {name: MEASURED.findall(CITATION.sub("", text)) for name, text in prose(notebook).items()}
+def test_no_number_stands_without_its_record(each_notebook):
+    free = {name: MEASURED.findall(CITATION.sub("", text)) for name, text in prose(each_notebook).items()}
     assert not any(free.values()), {name: numbers for name, numbers in free.items() if numbers}
 
 

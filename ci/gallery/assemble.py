@@ -12,6 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 HERE = Path(__file__).resolve().parent
 NAME, FOLDER = "deployment-serve-llm", "templates/deployment-serve-llm/small-size-llm"
 LEFT_OUT = ("ci/", ".", "Makefile", "README.md", "notebook.ipynb", "pyproject.toml", "CONTRIBUTING.md", "LICENSE")
+# For clusters without Anyscale
+LEFT_OUT += ("next_steps.ipynb", "rayservice.yaml", "serve_with_key.py")
 # The console shows the notebook without its folder, so that only absolute addresses work.
 BLOB = f"https://github.com/anyscale/templates/blob/main/{FOLDER}/"
 ADDRESSES = {
