@@ -1,9 +1,11 @@
 """Hosts of their own on this machine: each has a network address, its own processes and its own /tmp."""
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import psutil
@@ -56,9 +58,14 @@ class Host:
         ):
             ip("-n", self.name, *setting)
 
-    def start(self, command: str, **env: str) -> None:
-        """Run `command` as the first process of the host, as in a container. What it says goes to /tmp/said there."""
-        boot = f"mount --bind {self.tmp} /tmp && cd {ROOT} && exec {command}"
+    def start(self, command: list[str], folders: dict[str, Path], **env: str) -> None:
+        """Run `command` as the first process of the host, as in a container, with `folders` mounted below /mnt.
+
+        What it says goes to /tmp/said there.
+        """
+        steps = ["mount -t tmpfs none /mnt"]
+        steps += [f"mkdir {path} && mount --bind {folder} {path}" for path, folder in folders.items()]
+        boot = " && ".join([*steps, f"mount --bind {self.tmp} /tmp", "cd /", f"exec {shlex.join(command)}"])
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.tmp / "said", "a") as said:
             self.init = subprocess.Popen(
@@ -76,7 +83,10 @@ class Host:
         return run(*enter, *command, timeout_s=timeout_s, **env)
 
     def first(self) -> psutil.Process:
-        return psutil.Process(self.init.pid).children()[0]
+        while not (children := psutil.Process(self.init.pid).children()):
+            assert self.init.poll() is None, (self.tmp / "said").read_text()
+            time.sleep(0.1)  # `unshare` has yet to start it.
+        return children[0]
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The host's processes whose command line contains `name`."""

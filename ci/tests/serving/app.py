@@ -53,15 +53,18 @@ def complete(**changes) -> requests.Response:
 
 
 @contextlib.contextmanager
-def load():
-    """Send completions from four clients. Yields a growing list of each one's start and end (s), outcome and text."""
+def load(ask=complete):
+    """Send completions with `ask()` from four clients.
+
+    Yields a growing list of each one's start and end (s), outcome and text.
+    """
     outcomes, stop = [], threading.Event()
 
     def send():
         while not stop.wait(0.1):
             start_s = time.monotonic()
             try:
-                answer = complete()
+                answer = ask()
                 outcome, text = answer.status_code, answer.text
             except requests.RequestException as error:
                 outcome, text = type(error).__name__, str(error)
