@@ -1,7 +1,6 @@
 """Three hosts with a Ray cluster, started as KubeRay would start the pods of rayservice.yaml, and the app on them."""
 
 import os
-import re
 import secrets
 import shutil
 import subprocess
@@ -78,26 +77,34 @@ class Cluster:
         command = ["/bin/bash", "-c", "--", f"ulimit -n 65536; {line}"]
         host.start(command, mounts, **self.auth, **env, RAY_USAGE_STATS_ENABLED="0", **changes)
 
+    def api(self, method: str, path: str, **body) -> requests.Response:
+        """Ask the head's dashboard, as KubeRay's operator does."""
+        headers = {"Authorization": f"Bearer {self.auth['RAY_AUTH_TOKEN']}"}
+        answer = requests.request(
+            method, f"http://{self.head.address}:8265/api/{path}", headers=headers, timeout=60, **body
+        )
+        assert answer.ok, answer.text
+        return answer
+
     def deploy(self, **http_options) -> None:
         """Deploy serveConfigV2, with as many replicas as workers unless other `http_options` are given."""
         config = {**self.serve_config, "http_options": self.serve_config["http_options"] | http_options}
         if not http_options:
             two = {"name": "LLMServer:my-llama-3_1-8b", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
             config["applications"] = [{**config["applications"][0], "deployments": [two]}]
-        (self.head.tmp / "serve.yaml").write_text(yaml.safe_dump(config))
-        result = self.head.run("serve", "deploy", "/tmp/serve.yaml")
-        assert result.returncode == 0, result.stdout
+        self.api("PUT", "serve/applications/", json=config)
 
     def running(self) -> int:
         """How many replicas of the model run."""
-        applications = yaml.safe_load(self.head.run("serve", "status").stdout)["applications"]
-        deployments = applications.get("default", {}).get("deployments", {})
-        server = deployments.get("LLMServer:my-llama-3_1-8b", {"replica_states": {}})
-        return server["replica_states"].get("RUNNING", 0)
+        app = self.api("GET", "serve/applications/").json()["applications"].get("default", {"deployments": {}})
+        assert app.get("status") != "DEPLOY_FAILED", app["message"]
+        server = app["deployments"].get("LLMServer:my-llama-3_1-8b", {"replicas": []})
+        return sum(replica["state"] == "RUNNING" for replica in server["replicas"])
 
     def nodes(self) -> int:
         """How many nodes the cluster has."""
-        return len(re.findall(r"^ \d+ (?:node_|headgroup)", self.head.run("ray", "status").stdout, flags=re.M))
+        answer = self.api("GET", "v0/nodes", params={"detail": "0"}).json()
+        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
 
     def health(self, host: hosts.Host) -> int | None:
         """What the manifest's probe is told by a host; None when nobody answers."""

@@ -47,7 +47,7 @@ class Host:
         self.name, self.address = f"llama-{number}", f"{NETWORK}.{number}"
         self.url, self.tmp, self.init = f"http://{self.address}:8000", folder / f"{number}", None
         self.tmp.mkdir(mode=0o1777)
-        ip("netns", "delete", self.name, check=False)
+        self.remove()
         ip("netns", "add", self.name)
         ip("link", "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", self.name)
         ip("link", "set", self.name, "master", BRIDGE, "up")
@@ -112,4 +112,5 @@ class Host:
 
     def remove(self) -> None:
         self.kill()
+        ip("link", "delete", self.name, check=False)
         ip("netns", "delete", self.name, check=False)

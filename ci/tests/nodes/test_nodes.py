@@ -1,9 +1,10 @@
 """What happens on several nodes: who reaches whom, and what the loss of a node or of the head costs."""
 
 import contextlib
-import json
+import itertools
 import time
 
+import psutil
 import pytest
 import requests
 
@@ -14,30 +15,37 @@ pytestmark = pytest.mark.section("More than one node")
 REPLICA = "ray::ServeReplica:default:LLMServer"
 
 
-def ask_itself(host) -> str:
-    """The status that a host gets when it asks its own loopback address; 000 when nobody listens."""
-    headers = ["-H", f"Authorization: {KEY['Authorization']}", "-H", "Content-Type: application/json"]
-    command = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}", "-m", "30", *headers]
-    return host.run(*command, "http://127.0.0.1:8000/v1/completions", "-d", json.dumps(COMPLETION)).stdout
+def ports_of_replica(host) -> dict[int, str]:
+    """The ports on which the host's replica waits for HAProxy, each with its address."""
+    [replica] = host.processes(REPLICA)
+    listening = [one.laddr for one in replica.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return {address.port: address.ip for address in listening if 30000 <= address.port <= 31000}
 
 
-def test_loopback_address_keeps_replicas_from_other_nodes(cluster):
-    """serve_config.yaml's host on a cluster: the node with the replica answers itself, the head has nobody to ask."""
+def reaches(host, other, port: int) -> bool:
+    return host.run("timeout", "5", "bash", "-c", f"exec 3<> /dev/tcp/{other.address}/{port}").returncode == 0
+
+
+def test_loopback_address_keeps_replicas_from_other_nodes(cluster, request):
+    """With serve_config.yaml's host, no other machine reaches a node, and no other node the replica."""
     cluster.deploy(host="127.0.0.1")
+    request.addfinalizer(lambda: cluster.api("DELETE", "serve/applications/"))
     wait_for(lambda: cluster.running() == 1, "replica", 300)
     [own] = [host for host in cluster.workers if host.processes(REPLICA)]
-    wait_for(lambda: ask_itself(own) == "200", "answer on the replica's own node", 60)
-    said = [ask_itself(cluster.head) for _ in range(5)]
-    print(f"host 127.0.0.1: the node with the replica answers, the head says {said}")
-    assert set(said) == {"503"}
+    ports = ports_of_replica(own)
+    print(f"host 127.0.0.1: the replica listens on {ports}")
+    assert set(ports.values()) == {"127.0.0.1"}
+    assert not any(reaches(cluster.head, own, port) for port in ports)
     assert [cluster.health(host) for host in cluster.hosts] == [None, None, None]
-    assert cluster.head.run("serve", "shutdown", "-y").returncode == 0
-    wait_for(lambda: not own.processes(REPLICA), "end of the replica", 60)
+    [log] = cluster.head.tmp.glob("ray/session_2*/logs/serve/controller_[0-9]*.log")
+    assert "won't accept connections from HAProxy on other nodes" in log.read_text()
 
 
 def test_each_node_has_a_replica_and_answers(served):
     cluster = served.cluster
     assert [len(host.processes(REPLICA)) for host in cluster.hosts] == [0, 1, 1]
+    for host, other in itertools.product(cluster.hosts, cluster.workers):
+        assert all(reaches(host, other, port) for port in ports_of_replica(other))
     for host in cluster.hosts:
         assert {ask(host.url).status_code for _ in range(10)} == {200}
         assert requests.post(f"{host.url}/v1/completions", json=COMPLETION, timeout=30).status_code == 401
