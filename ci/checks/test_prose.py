@@ -31,9 +31,9 @@ NUMBERS = {
     "about-image": "2.59.0 0.27.0",  # test_text_and_files_name_the_versions_of_their_groups
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": "3.1 2.60 0.29 1.7 2026 11",
-    "about-nodes": "127.0.0.1 503 200 30",
-    "about-manifest": "120 30",
+    "about-nodes": "127.0.0.1 503 200",
     "kubernetes-not-ready": "503",
+    "updates": "2.60",
     "troubleshooting": "400 8192 429 503 3.1",  # Quoted messages and their statuses
 }
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)")

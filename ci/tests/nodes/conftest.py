@@ -69,6 +69,8 @@ class Cluster:
             options |= {"address": f"{self.head.address}:6379"}
         # Not KubeRay's: hosts have no network beyond the bridge to guess their address by, and share this memory.
         options |= {"node-ip-address": host.address, "object-store-memory": 10**8}
+        if host is not self.head:
+            options["num-cpus"] = 2  # What the stand-in takes in place of a GPU: there is room for one replica.
         head = "--head " if host is self.head else ""
         line = f"ray start {head}--block " + " ".join(f"--{name}={value}" for name, value in options.items())
         env = {one["name"]: one.get("value", API_KEY) for one in container["env"]}

@@ -1,5 +1,6 @@
 """Hosts of their own on this machine: each has a network address, its own processes and its own /tmp."""
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -63,11 +64,13 @@ class Host:
 
         What it says goes to /tmp/said there.
         """
+        for old in self.tmp.iterdir():  # A new container begins with an empty /tmp.
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
         steps = ["mount -t tmpfs none /mnt"]
         steps += [f"mkdir {path} && mount --bind {folder} {path}" for path, folder in folders.items()]
         boot = " && ".join([*steps, f"mount --bind {self.tmp} /tmp", "cd /", f"exec {shlex.join(command)}"])
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
-        with open(self.tmp / "said", "a") as said:
+        with open(self.tmp / "said", "w") as said:
             self.init = subprocess.Popen(
                 ["ip", "netns", "exec", self.name, *own, "bash", "-c", boot],
                 env={**os.environ, **env},
@@ -90,8 +93,11 @@ class Host:
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The host's processes whose command line contains `name`."""
-        found = psutil.Process(self.init.pid).children(recursive=True)
-        return [process for process in found if name in " ".join(process.cmdline())]
+        found = []
+        for process in psutil.Process(self.init.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):  # It ended meanwhile.
+                found += [process] if name in " ".join(process.cmdline()) else []
+        return found
 
     def terminate(self) -> None:
         """Ask the first process to end, as Kubernetes does before it deletes a pod."""

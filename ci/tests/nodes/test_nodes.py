@@ -54,7 +54,7 @@ def test_each_node_has_a_replica_and_answers(served):
 @contextlib.contextmanager
 def streams(url: str):
     """Four long streams through `url`, begun one after the other, so that the router deals them out in turn."""
-    long = {**COMPLETION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    long = {**COMPLETION, "max_tokens": 2000, "ignore_eos": True, "stream": True}
     with contextlib.ExitStack() as stack:
         lines = []
         for _ in range(4):
@@ -80,7 +80,7 @@ def test_killed_node_takes_its_own_streams_only(served):
         killed_s = time.monotonic()
         whole = [stream_is_whole(one) for one in lines]
         time.sleep(20)
-    failed = report("Worker killed", outcomes, killed_s)
+    failed = report("A worker is killed", outcomes, killed_s)
     print(f"  {whole.count(False)} of {len(whole)} streams through the other node broke")
     assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
     assert not [one for one in failed if one[0] > killed_s + 15], failed
@@ -94,13 +94,14 @@ def test_node_that_is_asked_to_leave_fails_no_request(served):
         time.sleep(2)
         goes.terminate()
         asked_s, said = time.monotonic(), set()
-        while goes.init.poll() is None:
+        while goes.init.poll() is None and time.monotonic() < asked_s + 240:
             said.add(cluster.health(goes))
             time.sleep(0.5)
+        assert goes.init.poll() is not None, "It didn't leave"
         print(f"The node left {time.monotonic() - asked_s:.0f} s after it was asked to; its probe said {said}")
         whole = [stream_is_whole(one) for one in lines]
         time.sleep(3)
-    assert not report("Worker drained", outcomes, asked_s)
+    assert not report("A worker is asked to leave", outcomes, asked_s)
     assert all(whole), whole
     assert 503 in said
     come_back(cluster, goes)
@@ -116,7 +117,7 @@ def test_node_that_is_cut_off_delays_others_for_a_while(served):
         wait_for(lambda: cluster.nodes() == 2, "cluster that noticed", 120)
         print(f"The cluster noticed {time.monotonic() - cut_s:.0f} s after the cut")
         time.sleep(10)
-    failed = report("Worker cut off", outcomes, cut_s)
+    failed = report("A worker is cut off", outcomes, cut_s)
     assert not [one for one in failed if one[0] > cut_s + 60], failed
     goes.kill()
     goes.mend()
@@ -132,5 +133,5 @@ def test_head_that_dies_takes_the_cluster_with_it(served):
         wait_for(lambda: not stays.processes(REPLICA), "end of the replica", 180)
         print(f"The replica ended {time.monotonic() - killed_s:.0f} s after the head")
         time.sleep(2)
-    failed = report("Head killed", outcomes, killed_s)
+    failed = report("The head is killed", outcomes, killed_s)
     assert not [one for one in failed if one[1] < killed_s], failed

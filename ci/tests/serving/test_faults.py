@@ -26,7 +26,7 @@ def test_only_replica_is_replaced(served, quoted, victims):
         process.kill()
         killed_s = time.monotonic()
         wait_for(lambda: running_replicas() == 1 and complete().status_code == 200, "replacement", 400)
-    report(f"One replica, {victims.__name__} killed", outcomes, killed_s)
+    report(f"The only {'engine' if victims == engines else 'replica'} dies", outcomes, killed_s)
     assert all(one[2] == 200 for one in outcomes if one[0] < killed_s - 2)
     if victims == engines:
         quoted("EngineCore encountered an issue.", next(one[3] for one in outcomes if one[2] == 500))
