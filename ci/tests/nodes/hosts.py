@@ -64,6 +64,7 @@ class Host:
 
         What it says goes to /tmp/said there.
         """
+        self.wait()
         for old in self.tmp.iterdir():  # A new container begins with an empty /tmp.
             shutil.rmtree(old) if old.is_dir() else old.unlink()
         steps = ["mount -t tmpfs none /mnt"]
@@ -104,10 +105,14 @@ class Host:
         self.first().send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End every process at once."""
+        """End every process at once, without a wait for it."""
         if self.init and self.init.poll() is None:
             self.first().kill()
-            self.init.wait(timeout=30)
+
+    def wait(self) -> None:
+        """Wait until nothing of the host runs any more, which takes a while on a busy machine."""
+        if self.init:
+            self.init.wait(timeout=120)
 
     def cut_off(self) -> None:
         """Nothing reaches the host any more, and nobody is told."""
@@ -118,5 +123,6 @@ class Host:
 
     def remove(self) -> None:
         self.kill()
+        self.wait()
         ip("link", "delete", self.name, check=False)
         ip("netns", "delete", self.name, check=False)
