@@ -1,5 +1,6 @@
 # Dockerfile
 FROM anyscale/ray-llm:2.59.0-py312-cu130
+# Ray 2.59's HAProxy wants more open files than some machines grant, hence the last one.
 ENV RAY_SERVE_ENABLE_HA_PROXY=1 \
     RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1 \
     RAY_SERVE_THROUGHPUT_OPTIMIZED=1 \

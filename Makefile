@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tutorial-on-image-versions check test soak readme docs template benchmark figures lock clean
+.PHONY: help tutorial tutorial-on-image-versions check mutations test soak readme record docs template benchmark lock clean
 SHELL := /bin/bash
 
 # Ray can't start from an environment whose path has a space in it.
@@ -28,6 +28,10 @@ check: ## check in a minute what needs neither the engine nor a server
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
 	@$(call in,$(CHECK_VENV)) python -m pytest ci/checks
 
+mutations: ## see that harmful changes, made one at a time in a copy, fail a check: make mutations WORDS="key port"
+	@ci/tools/setup.sh check "$(CHECK_VENV)"
+	@$(call in,$(CHECK_VENV)) python -m ci.tools.mutate $(WORDS)
+
 test: ## set up, check everything, on CPUs
 	@ci/tools/setup.sh test "$(TEST_VENV)"
 	@$(call in,$(TEST_VENV)) python -m pytest ci -m "not soak"
@@ -39,6 +43,10 @@ soak: ## ten minutes of mixed load on the stand-in: nothing fails, nothing leaks
 readme: ## write README.md and the files that the notebooks show, from the notebooks
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
 	@$(call in,$(CHECK_VENV)) ci/tools/readme.sh
+
+record: ## write what the runs in records/ printed and drew into the notebook, then as make readme
+	@ci/tools/setup.sh check "$(CHECK_VENV)"
+	@$(call in,$(CHECK_VENV)) python ci/tools/record.py && $(call in,$(CHECK_VENV)) ci/tools/readme.sh
 
 docs: ## build the docs pages, README.html and notebook.html in build/docs/html
 	@ci/tools/setup.sh test "$(TEST_VENV)"
@@ -53,10 +61,6 @@ template: ## assemble Anyscale's template in build/template, and run its tests.s
 benchmark: ## measure variants side by side: make benchmark VARIANTS="tutorial vllm-serve"
 	@ci/tools/setup.sh tutorial "$(VENV)"
 	@$(call in,$(VENV)) python -m benchmarks.run all $(VARIANTS)
-
-figures: ## draw images/ from the records in benchmarks/results
-	@ci/tools/setup.sh check "$(CHECK_VENV)"
-	@$(call in,$(CHECK_VENV)) python -m benchmarks.figures
 
 lock: ## resolve pyproject.toml into ci/locks/ and requirements.txt
 	@ci/tools/setup.sh check "$(CHECK_VENV)"

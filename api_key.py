@@ -6,7 +6,7 @@ from starlette.responses import JSONResponse
 
 
 def require_key() -> list[str]:
-    """The value for `middleware`. Raises RuntimeError where Ray Serve would ignore it, and ValueError without a key."""
+    """The value for `middleware`. Raises RuntimeError where it would be ignored, ValueError without a key."""
     if os.environ.get("RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING") != "1":
         raise RuntimeError("Nothing would check the key without RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING=1.")
     RequireKey(app=None)
@@ -14,9 +14,9 @@ def require_key() -> list[str]:
 
 
 class RequireKey:
-    """ASGI middleware that asks for `Authorization: Bearer <API_KEY>`, and answers 401 without it (RFC 6750).
+    """ASGI middleware that asks for `Authorization: Bearer <API_KEY>`, and answers 401 without (RFC 6750).
 
-    A websocket gets 403. A preflight passes, since browsers send no key with it: vLLM's CORSMiddleware answers it.
+    A websocket gets 403. A preflight passes to vLLM's CORSMiddleware, since browsers send no key with it.
     """
 
     def __init__(self, app):

@@ -8,7 +8,7 @@ commits = {
     "meta-llama/Llama-3.1-8B-Instruct": "0e9e39f249a16976918f6564b8830bc894c89659",
     "unsloth/Meta-Llama-3.1-8B-Instruct": "a2856192dd7c25b842431f39c179a6c2c2f627d1",
 }
-target = int(os.environ.get("TARGET_ONGOING_REQUESTS", "64"))  # Requests per replica that the autoscaler aims at
+target = int(os.environ.get("TARGET_ONGOING_REQUESTS", "64"))  # Per replica, for the autoscaler
 
 llm_config = LLMConfig(
     model_loading_config=dict(model_id="my-llama-3.1-8b", model_source=model_source),

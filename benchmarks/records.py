@@ -181,16 +181,3 @@ def published(server: str) -> dict[str, dict[int, Steady]]:
     for file in sorted(RESULTS.glob(f"*/{server}.json")):
         points |= by_point(json.loads(file.read_text()))
     return points
-
-
-def record(variant: str) -> dict:
-    """A record of before the steady state was measured. Goes with the figures that are drawn from it."""
-    return json.loads((RESULTS / f"h200-chat-{variant}.json").read_text())
-
-
-def values(variant: str, concurrency: int, metric: str) -> list[float]:
-    """A metric in each repetition of such a record, sorted. Raises ValueError when it has none at this concurrency."""
-    cells = [run["concurrency"].get(str(concurrency)) for run in record(variant)["runs"]]
-    if not any(cells):
-        raise ValueError(f"The record of {variant} has no run at concurrency {concurrency}")
-    return sorted(cell[metric] for cell in cells if cell)

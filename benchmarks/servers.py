@@ -57,16 +57,11 @@ def ports(index: int) -> list[int]:
 
 
 def check_ports(count: int) -> None:
-    """Raises SystemExit when a port that `count` servers need is taken."""
+    """Raises SystemExit when something listens on a port that `count` servers need."""
     for port in (port for index in range(count) for port in ports(index)):
         with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                raise SystemExit(
-                    f"Port {port} is taken. End what listens there first, the notebook's Ray say."
-                ) from None
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                raise SystemExit(f"Port {port} is taken. End what listens there first, the notebook's Ray say.")
 
 
 def memory_settings(count: int, gpu_gib: float | None) -> dict:

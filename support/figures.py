@@ -29,13 +29,14 @@ def finish(figure: plt.Figure, name: str, title: str, caption: str) -> plt.Figur
 def setup_of(machine: Machine) -> str:
     versions = ", ".join(f"{label} {version(name)}" for label, name in (("Ray", "ray"), ("vLLM", "vllm")))
     lengths = f"{INPUT_TOKENS} tokens in, {OUTPUT_TOKENS} out"
-    return f"{machine.model} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
+    return f"{Path(machine.model).name} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
 
 
 def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Figure:
     """The panels of the Serve LLM Dashboard under a load: what the engine says, beside what the client saw.
 
-    A rate, or the mean of a histogram, is the difference between two of the `samples`, divided.
+    A rate, or the mean of a histogram, is the difference between two of the `samples`, divided. Ray's exporter moves
+    each observation of a histogram to the middle of its bucket, so the engine's latencies are as coarse as those.
     """
     table = pd.DataFrame(samples).fillna(0)
     change = table.diff()
@@ -59,7 +60,9 @@ def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Fi
     sent_s = [s - start_s for s in seen["start_times"]]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
-        axis.plot(time_s, values, ".-", color=ENGINE, label="running" if title == "Requests" else "engine")
+        axis.plot(
+            time_s, values, ".-", color=ENGINE, label="running" if title == "Requests" else "engine, bucket middles"
+        )
         axis.set_title(title, loc="left")
         axis.grid(alpha=0.3)
     for axis, values_ms in (axes[0, 1], tpots_ms), (axes[0, 2], ttfts_ms):
@@ -71,10 +74,9 @@ def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Fi
     for axis in axes[0, 1], axes[0, 2], axes[1, 2]:
         axis.legend()
     plt.setp(axes[1], xlabel="seconds since the first request")
-    ttft = "ray_vllm_time_to_first_token_seconds"
-    engine_ms = 1000 * change[f"{ttft}_sum"].sum() / change[f"{ttft}_count"].sum()
     title = (
-        f"Clients wait {seen['mean_ttft_ms']:.0f} ms for a first token, which the engine has after {engine_ms:.0f} ms"
+        f"{seen['max_concurrency']} concurrent requests: {seen['output_throughput']:,.0f} tokens per second, "
+        f"and a first token after {seen['median_ttft_ms']:.0f} ms (client, p50)"
     )
     return finish(
         figure, "monitor", title, f"{setup_of(machine)}, {seen['max_concurrency']} concurrent, n = {seen['completed']}"
@@ -103,7 +105,7 @@ def draw_capacity(requests_that_fit) -> plt.Figure:
         axes[0].plot(8192, FIT_ON_H200[fp8], marker, label=f"measured, H200{', FP8' if fp8 else ''}")
     axes[0].set_ylabel("requests of full length that fit")
     axes[1].legend(*axes[0].get_legend_handles_labels())
-    title = "Halve max_model_len, and twice as many requests fit. FP8 weights matter most on small GPUs"
+    title = "The longer the requests, the fewer fit. FP8 weights matter most on small GPUs"
     caption = f"Llama-3.1-8B, vLLM {version('vllm')}. Computed: solid with 16-bit weights, dashed with FP8 weights"
     return finish(figure, "capacity", title, caption)
 
@@ -145,7 +147,7 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     """The requests under way and the replicas over time, from the moment the load exceeded the target."""
     under_way = timeline["ray_vllm_num_requests_running"] + timeline["ray_vllm_num_requests_waiting"]
     time_s = timeline["time_s"] - timeline["time_s"][under_way.gt(target).idxmax()]
-    served_s = time_s[timeline["busy_replicas"].eq(2).idxmax()]
+    second_s = time_s[timeline["replicas"].eq(2).idxmax()]
     figure, (above, below) = plt.subplots(2, 1, figsize=(9, 5), sharex=True, layout="constrained")
     above.plot(time_s, under_way, color=ENGINE)
     above.axhline(target, color=CLIENT, label=f"target for one replica: {target}")
@@ -153,7 +155,12 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     above.legend(loc="upper right")
     above.grid(alpha=0.3)
     below.step(time_s, timeline["replicas"], where="post", color=ENGINE)
-    below.set(xlabel="seconds since the load began", ylabel="running replicas", yticks=[0, 1, 2], ylim=(-0.1, 2.3))
+    below.set(
+        xlabel="seconds since the load exceeded the target",
+        ylabel="running replicas",
+        yticks=[0, 1, 2],
+        ylim=(-0.1, 2.3),
+    )
     below.grid(alpha=0.3)
-    title = f"{served_s:.0f} s after the load began, the second replica served"
+    title = f"{second_s:.0f} s after the load exceeded the target, a second replica ran"
     return finish(figure, "autoscaling", title, f"{setup_of(machine)}, {4 * target} concurrent until then")

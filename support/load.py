@@ -121,17 +121,20 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
     timeline = []
 
     def observe(until, concurrency=0):
-        load, deadline_s = None, time.monotonic() + timeout_s
+        # Two loads in turns: while one starts again, the other holds half of the concurrency.
+        loads, deadline_s = [None, None], time.monotonic() + timeout_s
         try:
             while not timeline or not until(timeline[-1]):
-                if concurrency and (load is None or load.poll() is not None):
-                    load = start_load("autoscale", tokenizer, concurrency, num_prompts=25 * concurrency)
+                for index, load in enumerate(loads):
+                    if concurrency and (load is None or load.poll() is not None):
+                        prompts = (10 + 5 * index) * concurrency
+                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts)
                 if time.monotonic() > deadline_s:
                     raise TimeoutError(f"After {timeout_s} s of waiting: {timeline[-1]}")
                 timeline.append(read_metrics())
                 time.sleep(2)
         finally:
-            if load:
+            for load in filter(None, loads):
                 load.terminate()
 
     observe(lambda now: now["replicas"] == 1)  # The sweep may have called for a second one.

@@ -83,12 +83,13 @@ def choose_host(ray_head: subprocess.Popen | None) -> str:
 
 def load_app(import_path: str):
     """The Serve application at `module:attribute`, with what was edited since the last time."""
-    for name in ("ray.serve", "httpx"):  # Both would write dozens of lines under the cell.
-        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)  # It would write dozens of lines under the cell.
     module, _, attribute = import_path.partition(":")
     for name in [name for name in ("serve_llama_3_1_8b", module) if name in sys.modules]:
         importlib.reload(sys.modules[name])
-    return getattr(importlib.import_module(module), attribute)
+    app = getattr(importlib.import_module(module), attribute)
+    logging.getLogger().setLevel(logging.WARNING)  # The import has set it to INFO, and every library would report.
+    return app
 
 
 def wait_for_first_token(timeout_s: float = 30 * 60) -> None:

@@ -87,6 +87,14 @@ def test_workflow_is_valid_and_calls_what_ci_calls():
     assert all("timeout-minutes" in job for job in jobs.values())
 
 
+def test_workflow_may_only_read_and_covers_each_python_of_the_text(cell):
+    workflow = yaml.safe_load((ROOT / WORKFLOW).read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert not [name for name, job in workflow["jobs"].items() if "permissions" in job or "continue-on-error" in job]
+    pythons = re.search(r"Python (\d\.\d+) or (\d\.\d+)", cell("about-config")).groups()
+    assert tuple(workflow["jobs"]["check"]["strategy"]["matrix"]["python"]) == pythons
+
+
 def test_hooks_are_valid_and_run_in_the_check_environment():
     result = run(str(BIN / "pre-commit"), "validate-config", HOOKS)
     assert result.returncode == 0, result.stdout

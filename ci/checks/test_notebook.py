@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -36,11 +37,11 @@ def test_readme_is_that_of_the_notebook(tmp_path):
 
 def test_readme_shows_no_notebook_syntax():
     readme = (ROOT / "README.md").read_text()
-    assert readme.startswith("---\norphan: true\n---\n")
+    assert readme.startswith("<!--"), "GitHub shows front matter as a table"
     for trace in ("%%", "\x1b", "â€", "ðŸ"):  # Cell magics, ANSI colors, UTF-8 read as cp1252
         assert trace not in readme
     fences = re.findall(r"^```(.*)$", readme, flags=re.M)
-    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console"} and set(fences[1::2]) == {""}
+    assert set(fences[::2]) <= {"bash", "python", "yaml", "dockerfile", "console", "text"} and set(fences[1::2]) == {""}
 
 
 def test_notebook_holds_no_outputs(each_notebook):
@@ -53,6 +54,8 @@ def test_shell_cells_fail_when_a_line_fails(each_notebook):
         assert not re.search(r"^\s*!", cell.source, flags=re.M), f"{cell.id}: `!command` never fails its cell"
         if cell.source.startswith("%%bash"):
             assert "-euo pipefail" in cell.source.split("\n")[0], f"{cell.id}: use %%bash -euo pipefail"
+            for line in re.findall(r"^curl .*$", cell.source, flags=re.M):
+                assert " --fail" in line, f"{cell.id}: without --fail-with-body, curl takes any answer for a success"
 
 
 def test_only_cells_that_need_an_account_or_a_cluster_are_skipped(each_notebook):
@@ -78,12 +81,36 @@ def test_headings_are_unique_and_links_to_them_resolve(each_notebook):
     assert not broken, f"Links to headings that don't exist: {broken}"
 
 
+def test_links_to_sections_of_other_files_resolve():
+    guides = [file for file in ROOT.rglob("*.md") if not file.is_relative_to(ROOT / "build")]
+    found = 0
+    for guide in guides:
+        for path, anchor in re.findall(r"\]\(([\w/.-]*\.md)#([\w-]+)\)", guide.read_text()):
+            titles = re.findall(r"^#+ (.*)$", (guide.parent / path).read_text(), flags=re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+            assert anchor in anchors, f"{guide.name}: {path} has no section {anchor}"
+            found += 1
+    assert found > 5
+
+
 def test_each_quoted_message_is_provoked_or_says_what_it_takes():
     tests = "".join(file.read_text() for file in (ROOT / "ci").rglob("test_*.py"))
     rows = re.findall(r"^- \*\*(?:\d+, )?\"(.*?)\"\*\*(.*)$", troubleshooting(), flags=re.M)
     assert len(rows) > 12
     for quotation, explanation in rows:
         assert (f'quoted("{quotation}"' in tests) != ("(This takes " in explanation), quotation
+
+
+def test_variables_of_ray_are_known_to_ray():
+    """Ray ignores one that it doesn't know."""
+    import ray.llm._internal.serve.constants as llm
+    import ray.serve._private.constants as serve
+
+    known = "".join(Path(module.__file__).read_text() for module in (llm, serve))
+    files = [file for file in ROOT.rglob("*.md") if not file.is_relative_to(ROOT / "build")]
+    for file in [*files, *ROOT.glob("*file"), *(ROOT / "support").glob("*.py"), ROOT / "benchmarks" / "variants.yaml"]:
+        named = set(re.findall(r"RAY_SERVE_[A-Z_]+", file.read_text()))
+        assert not (unknown := {name for name in named if f'"{name}"' not in known}), f"{file.name}: {unknown}"
 
 
 def test_no_secret_or_local_path_is_committed():

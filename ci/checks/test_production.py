@@ -4,7 +4,9 @@ import importlib
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import pytest
 import yaml
 from anyscale.client.openapi_client.models.supportedbaseimagesenum import SUPPORTEDBASEIMAGESENUM
@@ -19,7 +21,7 @@ from ray.serve._private.constants import (
     REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD,
 )
 
-from ci.common import NOTEBOOKS, ROOT, read_notebook, run, troubleshooting
+from ci.common import NOTEBOOKS, ROOT, code_cells, read_notebook, run, troubleshooting
 from ci.gallery.assemble import assemble
 
 pytestmark = pytest.mark.section("Deploy to production with Anyscale Services")
@@ -64,6 +66,19 @@ def test_service_excludes_what_exists_or_is_made(service):
         assert name == "build" or (ROOT / name).exists(), f"service.yaml excludes {name}, which isn't there"
 
 
+def test_service_takes_the_app_along(service):
+    """What the app imports, and the file that lets it ask for a key."""
+    app = service.applications[0]["import_path"].partition(":")[0]
+    assert not [name for name in service.excludes if (ROOT / name) in (ROOT / f"{app}.py", ROOT / "api_key.py")]
+
+
+def test_each_deployment_of_the_service_brings_the_same_variables(notebook):
+    """A new version takes nothing over from the old one."""
+    lines = [line for line in shell_lines(notebook, "anyscale") if line.startswith("anyscale service deploy -f")]
+    brought = [re.findall(r"--env (\S+)", line) for line in lines]
+    assert len(lines) == 3 and all(brought[0] == one != [] for one in brought), lines
+
+
 def test_image_switches_on_what_the_launch_cell_does(cell, dockerfile):
     launch = dict(re.findall(r'os.environ\["(RAY_SERVE_\w+)"\] = "(1)"', cell("start-ray")))
     terminal = dict(re.findall(r"export (RAY_SERVE_\w+)=(\S+)", cell("about-serve-deploy")))
@@ -100,11 +115,11 @@ def test_serve_compares_the_file_only_and_notices_a_variable_in_it():
 
 
 def test_text_names_rays_defaults(cell):
-    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "a billion are admitted" in cell("compare")
+    assert DEFAULT_MAX_ONGOING_REQUESTS == 10**9 and "a billion are admitted" in cell("harden")
     assert DEFAULT_HEALTH_CHECK_PERIOD_S * REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 30
-    assert "after half a minute | after three checks, six seconds" in cell("compare")
+    assert "after half a minute | after three checks, six seconds" in cell("harden")
     assert "health_check_period_s=2," in cell("serve-app")
-    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("compare")
+    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("harden")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
     assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in troubleshooting()
 
@@ -115,14 +130,8 @@ def test_limits_admit_what_the_text_promises(cell):
     ongoing, queued = (
         int(re.search(rf"max_{kind}_requests=(\d+)", cell("serve-app"))[1]) for kind in ("ongoing", "queued")
     )
-    assert f"`max_ongoing_requests={ongoing}`" in cell("compare") and f"`max_queued_requests={queued}`" in cell(
-        "compare"
-    )
-    assert (
-        ongoing == queued == 256
-        and "the replica works on 256" in cell("compare")
-        and "256 more wait" in cell("compare")
-    )
+    assert queued >= ongoing
+    assert f"the replica works on {ongoing}" in cell("harden") and f"{queued} more wait" in cell("harden")
 
 
 @pytest.mark.section("Harden the app")
@@ -133,7 +142,6 @@ def test_weights_are_pinned_as_recorded(cell):
     assert pinned == {name: record["commit"] for name, record in recorded.items()} and len(pinned) == 2
     text = (ROOT / "README.md").read_text() + (ROOT / "support" / "machine.py").read_text()
     assert set(re.findall(r"(?:MODEL_SOURCE=|LLAMA, UNGATED = \")([\w-]+/[\w.-]+)", text)) <= set(pinned)
-    assert "revision=commits.get(model_source)" in cell("serve-app")
 
 
 def parse(line: str) -> None:
@@ -177,14 +185,14 @@ def test_template_is_in_the_gallerys_layout(template, dockerfile):
     assert run("bash", "-n", str(template / entry["test"]["tests_path"] / "tests.sh")).returncode == 0
 
 
-def test_template_has_absolute_addresses_and_its_own_readme(template, tmp_path):
+def test_template_shows_the_notebook_with_absolute_addresses(template, notebook):
     folder = template / "templates" / "deployment-serve-llm" / "small-size-llm"
     readme = (folder / "README.md").read_text()
     relative = re.findall(r"\]\((?!https?://|#)[^)]*\)", readme)
     assert not relative, f"Relative addresses: {relative}"
-    convert = ["jupyter", "nbconvert", "--log-level", "WARN", "--to", "markdown", "--output-dir", str(tmp_path)]
-    assert run(*convert, str(folder / "README.ipynb")).returncode == 0
-    assert (tmp_path / "README.md").read_text() == readme
+    cells = nbformat.read(folder / "README.ipynb", as_version=4).cells
+    assert not [cell.id for cell in cells if cell.source.strip() not in readme], "README.md lacks these cells"
+    assert code_cells(SimpleNamespace(cells=cells)) == code_cells(notebook)
 
 
 def test_template_names_nothing_that_it_does_not_contain(template):

@@ -11,6 +11,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 
 from ci.common import ROOT, run
+from ci.tools import record
 
 pytestmark = pytest.mark.section("The repository")
 # At least so many headings, and more blocks of code and links within the page than that
@@ -99,8 +100,24 @@ def test_code_is_highlighted_and_can_be_copied(page):
     assert len(blocks) > PAGES[page.name_of_page]
     for kind, text, spans, buttons in blocks:
         language = re.search(r"highlight-([\w-]+)", kind)[1]
+        if language in {"text", "myst-ansi"}:  # What a run printed
+            assert not buttons and text.startswith(("# H200, random weights,", "# The stand-in on ", "(anyscale ")), (
+                text
+            )
+            continue
         assert language in {"python", "ipython3", "bash", "yaml", "dockerfile"}, f"{language}: {text[:80]}"
         assert buttons == 1 and spans > 0, f"{language}, {spans} highlighted words, {buttons} copy buttons: {text[:80]}"
+
+
+@needs_chromium
+def test_figures_and_outputs_of_a_run_are_shown(page):
+    """The same on both pages: in the README as text, under the notebook's cells as their outputs."""
+    images = page.execute_script("return [...document.querySelectorAll('article img')].map(i => [i.alt, i.width])")
+    figures = [alt for alt, width in images if width > 300]
+    assert len(figures) == 5 and set(figures[1:]) == set(record.FIGURES.values()), images
+    text = page.execute_script("return document.querySelector('article').innerText")
+    for said in ("the first token", "2 + 2 = 4.", "KV cache size: ", "256 concurrent, 1024 requests, 0 failed"):
+        assert said in text, said
 
 
 @needs_chromium

@@ -1,0 +1,88 @@
+"""What the benchmark computes from its records, against numbers that are known."""
+
+import numpy as np
+import pytest
+
+from benchmarks import records
+from benchmarks.run import parse, planned, requests_of
+from benchmarks.variants import VARIANTS, variant
+
+pytestmark = pytest.mark.section("The faster path")
+
+
+def closed_loop(latency_ms: float, ttft_ms: float, concurrency: int, rounds: int, tokens: int = 11) -> dict:
+    """A cell of clients that send without a pause, all in step, as benchmarks/load.py writes it."""
+    start = np.repeat(np.arange(rounds) * latency_ms, concurrency)
+    return {
+        "point": {"workload": "chat", "range_ratio": 0, "concurrency": concurrency},
+        "start": (10 * start).tolist(),
+        "ttft": [10 * ttft_ms] * len(start),
+        "latency": [10 * latency_ms] * len(start),
+        "output_tokens": tokens,
+        "full": [0, 10 * float(start.max())],
+    }
+
+
+def test_steady_state_gives_rate_and_latencies_of_a_known_load():
+    """4 clients, 11 tokens in 1,100 ms: 40 tokens/s, and 100 ms for each token after the first, at 100 ms."""
+    seen = records.steady(closed_loop(latency_ms=1100, ttft_ms=100, concurrency=4, rounds=30))
+    assert seen.rates["output_tok_s"] == pytest.approx(40, rel=0.01)
+    assert seen.ttft_ms == pytest.approx(100) and seen.tpot_ms == pytest.approx(100)
+    assert seen.rates["goodput_server_req_s"] == pytest.approx(40 / 11, rel=0.01)  # 100 ms keep MLPerf's Server limits
+    assert seen.rates["goodput_interactive_req_s"] == 0
+
+
+def test_what_is_too_short_for_a_steady_state_is_refused():
+    with pytest.raises(ValueError, match="send more, or load less"):
+        records.steady(closed_loop(latency_ms=1100, ttft_ms=100, concurrency=4, rounds=2))
+
+
+def cells(rates: list[float]) -> dict:
+    rng = np.random.default_rng(0)
+    named = [{name: rate for name in records.RATES} for rate in rates]
+    return {i: records.Steady(rng.normal(100, 5, 300), rng.normal(10, 1, 300), rate) for i, rate in enumerate(named)}
+
+
+def test_ratio_is_claimed_only_of_five_repetitions_that_agree():
+    slow, fast = [100, 102, 98, 101, 99], [120, 121, 118, 123, 119]
+    assert records.ratio(cells(fast), cells(slow), "output_tok_s").claimed
+    assert not records.ratio(cells(fast[:4]), cells(slow[:4]), "output_tok_s").claimed
+    assert not records.ratio(cells([90, 121, 118, 123, 95]), cells(slow), "output_tok_s").claimed
+    low, high = records.ratio(cells(fast), cells(slow), "output_tok_s").interval
+    assert low < 1.202 < high and high - low < 0.1
+
+
+def test_interval_keeps_its_promise():
+    """Of 300 sets of five repetitions with the mean 100, the interval holds it in about 95 of 100."""
+    rng, held = np.random.default_rng(1), 0
+    for _ in range(300):
+        found = records.estimate(cells(rng.normal(100, 5, 5).tolist()), "output_tok_s")
+        held += found.interval[0] <= 100 <= found.interval[1]
+    assert 0.9 <= held / 300 <= 0.99
+
+
+def test_one_repetition_has_no_interval():
+    assert records.estimate(cells([100]), "ttft_p50_ms").interval is None
+
+
+def test_servers_take_turns_in_an_order_of_their_own_at_each_point():
+    args = parse(["measure", "--repetitions", "20", "--concurrency", "1", "128"])
+    plan = planned(["one", "other"], args, 2)
+    turns = [tuple(index for _, _, index in plan[i : i + 2]) for i in range(0, len(plan), 2)]
+    assert len(plan) == 80 and set(turns) == {(0, 1), (1, 0)}
+
+
+@pytest.mark.parametrize("concurrency, counted", [(1, 200), (32, 1500), (128, 1500), (256, 1500)])
+def test_enough_requests_are_sent(concurrency, counted):
+    args = parse(["measure"])
+    point = {"concurrency": concurrency, "input_len": 512, "output_len": 128}
+    assert args.repetitions * (requests_of(point, args, True) - 3 * concurrency) >= counted
+
+
+def test_variants_join_from_left_to_right_and_unknown_ones_are_named():
+    joined = variant("default-path+haproxy+stream-interval-8")
+    assert joined["env"]["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+    assert joined["llm_config"]["engine_kwargs"] == {"stream_interval": 8}
+    assert VARIANTS["default-path"]["env"]["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
+    with pytest.raises(ValueError, match="'no-such' is not in benchmarks/variants.yaml"):
+        variant("tutorial+no-such")

@@ -1,0 +1,161 @@
+"""Write into notebook.ipynb what a run of it printed and drew, under each cell: `make record`.
+
+A record is an executed notebook in records/. To put a new run in an old one's place:
+python ci/tools/record.py --take build/notebook.ipynb --name h200 --commit ID --on "H200, random weights, Ray 2.60.0"
+"""
+
+import argparse
+import ast
+import base64
+import re
+from pathlib import Path
+
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+NOTEBOOK, RECORDS = ROOT / "notebook.ipynb", ROOT / "records"
+# What the page shows of a run: the cell, and whose run it is. Random weights can't answer, and one GPU can't scale.
+PARTS = {
+    "check": "h200",
+    "start-ray": "h200",
+    "run-app": "h200",
+    "curl": "stand-in",
+    "run-client": "stand-in",
+    "load": "h200",
+    "draw-monitoring": "h200",
+    "compare-kv": "h200",
+    "draw-capacity": "stand-in",  # Computed, wherever it runs
+    "sweep": "h200",
+    "draw-sweep": "h200",
+    "cost": "h200",
+    "autoscale": "stand-in",
+    "serve-shutdown": "h200",
+    "stop-ray": "h200",
+}
+FIGURES = {  # What a figure shows, for those who don't see it
+    "draw-monitoring": "Six panels over time: tokens per second, TPOT, TTFT, latency, KV cache in use, and requests",
+    "draw-capacity": "Requests that fit a GPU against their length, for six kinds of GPU, on one GPU and on two",
+    "draw-sweep": "Output tokens per second and time to first token against concurrent requests, with the limit",
+    "autoscale": "Requests under way and running replicas over time",
+}
+BASIS = ("serve-app", "start-ray")  # What every later output depends on
+
+
+def read_records() -> dict[str, nbformat.NotebookNode]:
+    return {file.stem: nbformat.read(file, as_version=4) for file in RECORDS.glob("*.ipynb")}
+
+
+def outputs(record: nbformat.NotebookNode, cell_id: str) -> tuple[str, bytes | None]:
+    """The text that a cell printed to stdout, without colors, and the picture that it drew, if any."""
+    cell = next(cell for cell in record.cells if cell.id == cell_id)
+    text = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+    pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+    return re.sub(r"\x1b\[[\d;]*m", "", text).strip("\n"), base64.b64decode(pictures[0]) if pictures else None
+
+
+def folded(text: str) -> str:
+    """`text` in lines of at most 110 characters, broken at a space or between the items of JSON."""
+    lines = []
+    for line in text.expandtabs().splitlines():
+        while len(line) > 110:
+            cut = max(line.rfind(" ", 0, 110), line.rfind(',"', 0, 110)) + 1 or 110
+            lines.append(line[:cut].rstrip())
+            line = line[cut:]
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def part(record: nbformat.NotebookNode, cell_id: str) -> str:
+    """The Markdown of what a cell printed and drew. Writes the picture into images/."""
+    text, picture = outputs(record, cell_id)
+    said = [f"```text\n# {record.metadata.recorded}\n{folded(text)}\n```"] if text else []
+    if picture:
+        number = 2 + list(FIGURES).index(cell_id)  # Figure 1 is at the top of the page.
+        file = f"images/{cell_id.removeprefix('draw-')}.png"
+        (ROOT / file).write_bytes(picture)
+        where = record.metadata.recorded.partition(", Ray ")[0]  # The rest stands in the picture.
+        where = "Computed. The crosses are one H200's log" if cell_id == "draw-capacity" else where
+        said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {where}.*"]
+    return "\n\n".join(said)
+
+
+def with_parts(notebook: nbformat.NotebookNode) -> list:
+    """The notebook's cells with each recorded part, made anew from the records, under its code cell."""
+    records, cells = read_records(), []
+    for cell in notebook.cells:
+        if "recorded" in cell.metadata.get("tags", []):
+            continue
+        cells.append(cell)
+        if cell.id in PARTS:
+            text = part(records[PARTS[cell.id]], cell.id)
+            cells.append(nbformat.v4.new_markdown_cell(text, id=f"{cell.id}-recorded", metadata={"tags": ["recorded"]}))
+    return cells
+
+
+def with_outputs(notebook: nbformat.NotebookNode) -> list:
+    """The notebook's cells as executed, with the records' outputs in place of the recorded parts: for the docs page."""
+    records, cells = read_records(), []
+    for cell in [cell for cell in notebook.cells if "recorded" not in cell.metadata.get("tags", [])]:
+        cells.append(cell)
+        if cell.id in PARTS:
+            record = records[PARTS[cell.id]]
+            text, picture = outputs(record, cell.id)
+            said = f"# {record.metadata.recorded}\n{folded(text)}"
+            cell.outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
+            if picture:
+                data = {"image/png": base64.b64encode(picture).decode()}
+                cell.outputs.append(nbformat.v4.new_output("display_data", data))
+                cell.metadata["mystnb"] = {"image": {"alt": FIGURES[cell.id]}}
+    return cells
+
+
+def code(source: str) -> str:
+    """What a cell does: of Python its syntax tree, so that comments and line breaks don't count."""
+    try:
+        return ast.dump(ast.parse(source.removeprefix("%%writefile serve_llama_3_1_8b.py")))
+    except SyntaxError:
+        return source
+
+
+def outdated(notebook: nbformat.NotebookNode) -> list[str]:
+    """The cells whose recorded part is of other code than theirs, or of another app or launch."""
+    now, old = {cell.id: code(cell.source) for cell in notebook.cells if cell.cell_type == "code"}, []
+    for name, record in read_records().items():
+        then = {cell.id: code(cell.source) for cell in record.cells if cell.cell_type == "code"}
+        shown = [cell_id for cell_id, source in PARTS.items() if source == name]
+        old += [cell_id for cell_id in shown if any(now[one] != then.get(one) for one in (cell_id, *BASIS))]
+    return old
+
+
+def take(run: Path, name: str, on: str, commit: str) -> None:
+    """Keep an executed notebook as records/<name>.ipynb. Raises SystemExit when a cell failed or wasn't executed."""
+    record = nbformat.read(run, as_version=4)
+    for cell in [cell for cell in record.cells if cell.cell_type == "code"]:
+        failed = any(output.output_type == "error" for output in cell.outputs)
+        skipped = "skip-execution" not in cell.metadata.get("tags", []) and cell.execution_count is None
+        if failed or skipped:
+            raise SystemExit(f"{run}: cell {cell.id} {'failed' if failed else 'was not executed'}")
+        cell.metadata = {"tags": cell.metadata.get("tags", [])}
+    date = record.metadata.papermill.start_time[:10]
+    kept = {key: record.metadata[key] for key in ("kernelspec", "language_info")}
+    record.metadata = {**kept, "recorded": f"{on}, {date}", "commit": commit}
+    RECORDS.mkdir(exist_ok=True)
+    nbformat.write(record, RECORDS / f"{name}.ipynb")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", type=Path, help="an executed notebook")
+    parser.add_argument("--name", help="of the record: h200 or stand-in")
+    parser.add_argument("--on", help="machine, weights and versions")
+    parser.add_argument("--commit", help="that was executed")
+    args = parser.parse_args()
+    if args.take:
+        if not (args.name and args.on and args.commit):
+            parser.error("--take needs --name, --on and --commit")
+        take(args.take, args.name, args.on, args.commit)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook.cells = with_parts(notebook)
+    nbformat.write(notebook, NOTEBOOK)
+    if old := outdated(notebook):
+        raise SystemExit(f"Recorded before their code changed: {', '.join(old)}")

@@ -1,0 +1,12 @@
+"""The tutorial's app with random weights, to record a run on a machine that lacks the real ones: APP=records.app:app.
+
+Speed and memory are those of the real model. Its answers are noise, so they end after 64 tokens, as those of the load.
+"""
+
+from ray.serve.llm import LLMConfig, build_openai_app
+
+from serve_llama_3_1_8b import llm_config
+
+settings = llm_config.model_dump(exclude_unset=True)
+settings["engine_kwargs"] |= {"load_format": "dummy", "override_generation_config": {"max_new_tokens": 64}}
+app = build_openai_app({"llm_configs": [LLMConfig(**settings)]})
