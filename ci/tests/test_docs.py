@@ -110,8 +110,9 @@ def test_code_is_highlighted_and_can_be_copied(page):
 
 
 @needs_chromium
+@pytest.mark.parametrize("page", ["README", "notebook"], indirect=True)
 def test_figures_and_outputs_of_a_run_are_shown(page):
-    """The same on both pages: in the README as text, under the notebook's cells as their outputs."""
+    """The same on both pages of the tutorial: in the README as text, under the notebook's cells as their outputs."""
     images = page.execute_script("return [...document.querySelectorAll('article img')].map(i => [i.alt, i.width])")
     figures = [alt for alt, width in images if width > 300]
     assert len(figures) == 5 and set(figures[1:]) == set(record.FIGURES.values()), images
