@@ -40,7 +40,7 @@ soak: ## ten minutes of mixed load on the stand-in: nothing fails, nothing leaks
 	@ci/tools/setup.sh test "$(TEST_VENV)"
 	@$(call in,$(TEST_VENV)) python -m pytest ci -m soak
 
-readme: ## write README.md and the files that the notebook shows, from the notebook
+readme: ## write README.md and the files that the notebooks show, from the notebooks
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
 	@$(call in,$(CHECK_VENV)) ci/tools/readme.sh
 

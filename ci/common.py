@@ -7,11 +7,13 @@ from pathlib import Path
 
 import nbformat
 
+from ci.tools.sync import NOTEBOOKS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def read_notebook() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "notebook.ipynb", as_version=4)
+def read_notebook(name: str = NOTEBOOKS[0]) -> nbformat.NotebookNode:
+    return nbformat.read(ROOT / name, as_version=4)
 
 
 def code_cells(notebook: nbformat.NotebookNode) -> list:
@@ -22,6 +24,10 @@ def headings(notebook: nbformat.NotebookNode) -> list[str]:
     """The headings of the notebook's text, of every level, in order."""
     text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     return re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), flags=re.M)
+
+
+def all_headings() -> list[str]:
+    return [heading for name in NOTEBOOKS for heading in headings(read_notebook(name))]
 
 
 def troubleshooting() -> str:

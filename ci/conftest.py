@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ci.common import ROOT, headings, read_notebook, troubleshooting
+from ci.common import NOTEBOOKS, ROOT, all_headings, read_notebook, troubleshooting
 
 REPOSITORY = "The repository"  # The section of what isn't on the page
 
@@ -15,10 +15,17 @@ def notebook():
     return read_notebook()
 
 
+@pytest.fixture(scope="session", params=NOTEBOOKS)
+def each_notebook(request):
+    return read_notebook(request.param)
+
+
 @pytest.fixture(scope="session")
-def cell(notebook):
-    """The source of the cell with a given id."""
-    sources = {cell.id: cell.source for cell in notebook.cells}
+def cell():
+    """The source of the cell with a given id, of any notebook."""
+    cells = [cell for name in NOTEBOOKS for cell in read_notebook(name).cells]
+    sources = {cell.id: cell.source for cell in cells}
+    assert len(sources) == len(cells), "Two cells have the same id"
     return sources.__getitem__
 
 
@@ -37,7 +44,7 @@ def quoted():
 
 def pytest_collection_modifyitems(items):
     """Each test says which section of the page it holds to its word. nbmake's own item is the page itself."""
-    known = {REPOSITORY, *headings(read_notebook())}
+    known = {REPOSITORY, *all_headings()}
     for item in items:
         marker = item.get_closest_marker("section")
         if marker is None and item.path.is_relative_to(ROOT / "ci"):
@@ -55,7 +62,7 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter):
     """A line for each promise: the section of the page, the check, its cases, and the result."""
-    results, order = {}, [*headings(read_notebook()), REPOSITORY]
+    results, order = {}, [*all_headings(), REPOSITORY]
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in terminalreporter.stats.get(outcome, []):
             if hasattr(report, "promise") and (report.when == "call" or outcome != "passed"):

@@ -21,7 +21,7 @@ from ray.serve._private.constants import (
     REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD,
 )
 
-from ci.common import ROOT, code_cells, run, troubleshooting
+from ci.common import NOTEBOOKS, ROOT, code_cells, read_notebook, run, troubleshooting
 from ci.gallery.assemble import assemble
 
 pytestmark = pytest.mark.section("Deploy to production with Anyscale Services")
@@ -155,8 +155,8 @@ def parse(line: str) -> None:
         context = command.make_context(command.name, arguments, parent=context)
 
 
-def test_command_lines_are_those_of_the_programs(notebook):
-    lines = shell_lines(notebook, "anyscale", "serve", "ray")
+def test_command_lines_are_those_of_the_programs():
+    lines = [line for name in NOTEBOOKS for line in shell_lines(read_notebook(name), "anyscale", "serve", "ray")]
     assert len([line for line in lines if line.startswith("anyscale")]) >= 8
     for line in lines:
         try:

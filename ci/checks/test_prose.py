@@ -33,6 +33,11 @@ NUMBERS = {
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
     "about-serve-deploy": "2.60",  # max_surge_percent came with it
     "about-image": "2.59.0 0.27.0",  # test_text_and_files_name_the_versions_of_their_groups
+    # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
+    "next-title": "3.1 2.60 0.29 1.7 2026 11",
+    "about-nodes": "127.0.0.1 503 200",
+    "kubernetes-not-ready": "503",
+    "updates": "2.60",
     "troubleshooting": "400 8192 429 3.1",  # Quoted messages and their statuses
 }
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)")
@@ -48,8 +53,8 @@ def prose(cell) -> str:
     return re.sub(r"\]\([^)]*\)", "]", text)
 
 
-def test_each_number_in_the_text_is_on_record(notebook):
-    for cell in notebook.cells:
+def test_each_number_in_the_text_is_on_record(each_notebook):
+    for cell in each_notebook.cells:
         if cell.cell_type == "markdown" and "recorded" not in cell.metadata.get("tags", []):
             said, known = set(NUMBER.findall(prose(cell))), set(NUMBERS.get(cell.id, "").split())
             assert said == known, f"{cell.id}: not on record {sorted(said - known)}, not said {sorted(known - said)}"
@@ -201,8 +206,8 @@ def test_links_and_advisories_are_those_that_were_looked_up():
     """ci/checks/links.json lists each, with the date. A new one is added there after it was opened."""
     known = json.loads((ROOT / "ci" / "checks" / "links.json").read_text())
     said = set()
-    for name in ("README.md", "TROUBLESHOOTING.md", "SECURITY.md"):
-        text = (ROOT / name).read_text()
+    texts = [(ROOT / name).read_text() for name in ("README.md", "TROUBLESHOOTING.md", "SECURITY.md")]
+    for text in [*texts, *(cell.source for cell in read_notebook("next_steps.ipynb").cells)]:
         said |= set(re.findall(r"https?://[^\s)\"'>`]+", text)) | set(re.findall(r"(?:CVE|GHSA|PYSEC)-[\w-]+", text))
     said -= {one for one in said if "localhost" in one or "..." in one}
     assert said == set(known["links"]), f"new: {said - set(known['links'])}, gone: {set(known['links']) - said}"

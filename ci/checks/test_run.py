@@ -55,15 +55,15 @@ def test_failure_of_a_target_is_one_of_make(tmp_path, target, arguments):
     assert result.stdout == f"called with -m pytest {arguments}\n" and result.returncode == 3, result.stdout
 
 
-def test_each_test_names_a_section_of_the_page(notebook):
+def test_each_test_names_a_section_of_a_page():
     """`make check` collects no test that takes the engine, so that a wrong heading would show only in `make test`."""
-    from ci.common import headings
+    from ci.common import all_headings
     from ci.conftest import REPOSITORY
 
     files = list((ROOT / "ci").rglob("test_*.py"))
     for file in files:
         named = re.findall(r"mark\.section\(\"([^\"]*)\"\)", file.read_text())
-        assert named and set(named) <= {REPOSITORY, *headings(notebook)}, f"{file.name}: {named}"
+        assert named and set(named) <= {REPOSITORY, *all_headings()}, f"{file.name}: {named}"
     assert len(files) > 20
 
 

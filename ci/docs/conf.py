@@ -13,7 +13,7 @@ html_title = "Llama-3.1-8B serving"  # Short enough for the bar of a telephone
 extensions = ["myst_nb", "sphinx_copybutton"]
 copybutton_selector = "div:not(.highlight-text):not(.output) > div.highlight pre"  # Code, and no output
 root_doc = "README"
-include_patterns = ["README.md", "notebook.ipynb", "TROUBLESHOOTING.md", "SECURITY.md", "benchmarks/README.md"]
+include_patterns = ["README.md", "*.ipynb", "TROUBLESHOOTING.md", "SECURITY.md", "benchmarks/README.md"]
 nb_execution_mode = "off"
 myst_heading_anchors = 4
 html_theme = "pydata_sphinx_theme"
@@ -25,7 +25,9 @@ html_context = {"default_mode": "auto"}
 
 def prepare(app, docname: str, source: list[str]) -> None:
     """Show the notebook as the records' runs left it. No page is in a table of contents: each is linked instead."""
-    if docname != "notebook":  # It has this in its metadata. In README.md, GitHub would show it as a table.
+    if docname == "next_steps":
+        return
+    if docname != "notebook":  # Notebooks have this in their metadata. In README.md, GitHub would show it as a table.
         source[0] = f"---\norphan: true\n---\n{source[0]}"
     else:
         notebook = nbformat.reads(source[0], as_version=4)

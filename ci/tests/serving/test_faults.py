@@ -28,7 +28,7 @@ def test_only_replica_is_replaced(served, quoted, victims):
         wait_for(lambda: running_replicas() == 1 and complete().status_code == 200, "replacement", 400)
         back_s = time.monotonic()
         time.sleep(3)
-    failed = report(f"One replica, {victims.__name__} killed", outcomes, killed_s)
+    failed = report(f"The only {'engine' if victims == engines else 'replica'} dies", outcomes, killed_s)
     assert failed and max(one[0] for one in outcomes) > back_s, "The load didn't see the death, or not its end"
     assert not [one for one in failed if not killed_s - 2 < one[0] < back_s], failed
     if victims == engines:

@@ -32,7 +32,7 @@ def asking(served, tmp_path_factory):
 
 
 def test_update_without_surge_interrupts_and_brings_a_key(asking, quoted):
-    report("Update, one replica, no surge", *asking)
+    report("Update of the only replica", *asking)
     # Serve's own health check answers before the app does.
     paths = [*requests.get(f"{URL}/openapi.json", headers=KEY, timeout=30).json()["paths"], "/openapi.json", "/metrics"]
     assert {"/v1/chat/completions", "/invocations", "/tokenize"} < set(paths)

@@ -21,4 +21,4 @@ def test_update_with_surge_fails_no_request(served, cell, tmp_path):
         deploy("tiny_llama.app:app", tmp_path, server | two, router)
         wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 200, "answer without a key", 400)
         wait_for(lambda: running_replicas() == 2, "second replica", 400)
-    assert not report("Update to two replicas, with surge", outcomes, began_s)
+    assert not report("Update with surge", outcomes, began_s)

