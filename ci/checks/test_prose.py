@@ -31,13 +31,12 @@ NUMBERS = {
     "compare": "512 128 2.11.0 2.13.0",  # The records' lengths, points and versions
     "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
-    "about-serve-deploy": "2.60",  # max_surge_percent came with it
     "about-image": "2.59.0 0.27.0",  # test_text_and_files_name_the_versions_of_their_groups
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": "3.1 2.60 0.29 1.7 2026 11",
     "about-nodes": "127.0.0.1 503 200",
     "kubernetes-not-ready": "503",
-    "updates": "2.60",
+    "updates": "2.60",  # max_surge_percent came with it
     "troubleshooting": "400 8192 429 3.1",  # Quoted messages and their statuses
 }
 NUMBER = re.compile(r"(?<![\w.])\d+(?:[.,]\d+)*(?!\w)")

@@ -7,12 +7,14 @@ import pytest
 import requests
 import yaml
 
+from ci.common import read_notebook
 from ci.tests.serving.app import URL, deploy, load, report, running_replicas, wait_for
 
 
-@pytest.mark.section("Keep the deployment in a file")
-def test_update_with_surge_fails_no_request(served, cell, tmp_path):
-    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", cell("about-serve-deploy"), flags=re.S)[1])
+@pytest.mark.section("Update without an outage")
+def test_update_with_surge_fails_no_request(served, tmp_path):
+    [text] = [cell.source for cell in read_notebook("next_steps.ipynb").cells if cell.id == "updates"]
+    shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.S)[1])
     server, router = ({**one} for one in shown["deployments"])
     assert (server.pop("name"), router.pop("name")) == ("LLMServer:my-llama-3_1-8b", "LLMRouter")
     began_s = time.monotonic()
