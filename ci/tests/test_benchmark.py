@@ -1,0 +1,58 @@
+"""The benchmark's one command, on the stand-in with tiny numbers: two servers, their records, and the table."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from benchmarks import records
+from ci.common import ROOT
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+
+pytestmark = [pytest.mark.timeout(900), pytest.mark.section("The faster path")]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """What the command printed, and the folder of its records."""
+    results, before = tmp_path_factory.mktemp("results"), what_the_tutorial_runs()
+    command = "benchmarks.run all tutorial vllm-serve --sitting tiny --repetitions 1 --concurrency 1 4 --requests 8"
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, "-m", *command.split(), "--results", str(results)],
+        cwd=ROOT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=800,
+    )
+    assert done.returncode == 0, done.stdout
+    print(done.stdout, f"{time.monotonic() - started:.0f} s")
+    assert_nothing_left(before)
+    return done.stdout, results / "tiny"
+
+
+def test_says_first_what_it_takes(measured):
+    first, _, _ = measured[0].partition("Warming up")
+    assert "Ports: 6379, 6380, 8000, 8001," in first and "Then to measure: about " in first
+
+
+def test_each_cell_is_told_and_recorded(measured):
+    said, folder = measured
+    found = records.read(folder)
+    assert set(found) == {"tutorial", "vllm-serve"}
+    for name, record in found.items():
+        points = records.by_point(record)
+        assert set(points) == {"chat, 1 concurrent", "chat, 4 concurrent"}
+        for point, cells in points.items():
+            assert f"{name}, {point}: " in said and records.counted(list(cells.values())) >= 4
+        assert record["kv_cache_tokens"] > 4 * 704 and record["weights"] and len(record["commit"]) >= 40
+        assert not record["failures"] and all(cell["busiest_client"] < 1 for cell in record["cells"])
+    assert found["tutorial"]["engine_kwargs"] == found["vllm-serve"]["engine_kwargs"]
+
+
+def test_ends_in_a_table_beside_the_records_of_the_page(measured):
+    table = measured[0].rpartition("tiny: in brackets")[2]
+    assert "tutorial, n=" in table and "vllm-serve, n=" in table and "ratio" in table
+    assert "output tok/s" in table and "record of tutorial" in table and " *" not in table.partition("\n")[2]
