@@ -8,8 +8,8 @@ from ci.tests.serving.app import deploy, server_status, wait_for
 
 @pytest.mark.section("Troubleshooting")
 def test_commands_from_another_ray_and_without_its_token(cluster, quoted):
-    # Only the number is another one.
-    program = "import ray; ray.__version__ = '2.59.0'; ray.init(address='auto')"
+    # Only the number is another one, of no release.
+    program = "import ray; ray.__version__ = '0.0.1'; ray.init(address='auto')"
     quoted("Version mismatch: The cluster was started with: ...", run("python", "-c", program).stdout)
     result = run("serve", "status", RAY_AUTH_MODE="disabled")
     assert result.returncode != 0
