@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help tutorial tutorial-on-image-versions check mutations test soak readme record docs template benchmark lock clean
+.PHONY: help tutorial tutorial-on-image-versions check mutations test nodes soak readme record docs template benchmark lock clean
 SHELL := /bin/bash
 
 # Ray can't start from an environment whose path has a space in it.
@@ -34,7 +34,11 @@ mutations: ## see that harmful changes, made one at a time in a copy, fail a che
 
 test: ## set up, check everything, on CPUs
 	@ci/tools/setup.sh test "$(TEST_VENV)"
-	@$(call in,$(TEST_VENV)) python -m pytest ci -m "not soak"
+	@$(call in,$(TEST_VENV)) python -m pytest ci -m "not soak and not nodes"
+
+nodes: ## several nodes on this machine, for root: who reaches whom, and what the loss of one costs
+	@ci/tools/setup.sh test "$(TEST_VENV)"
+	@$(call in,$(TEST_VENV)) python -m pytest ci -m nodes
 
 soak: ## ten minutes of mixed load on the stand-in: nothing fails, nothing leaks
 	@ci/tools/setup.sh test "$(TEST_VENV)"

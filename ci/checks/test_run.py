@@ -33,24 +33,33 @@ def test_skipped_test_fails_in_ci(program, tmp_path):
     command = f"cd '{ROOT}' && {pytest_alone} --rootdir '{tmp_path}' '{tmp_path}/test_absent.py'"
     assert run("bash", "-c", command, NOTHING_SKIPPED="").returncode == 0
     program("make", f'[ "$*" = test ] || exit 0\n{command}')
-    for name in ("prometheus", "chromedriver", "ip"):
+    for name in ("prometheus", "chromedriver"):
         program(name, "")
     result = run("bash", ".ci/run", KUBERAY_CRD=__file__)  # Any file that is there: nothing is to be fetched.
     assert result.returncode != 0 and "the program is absent" in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize(
-    "target, arguments", [("check", "ci/checks"), ("test", "ci -m not soak"), ("soak", "ci -m soak")]
+    "target, arguments",
+    [
+        ("check", "ci/checks"),
+        ("test", "ci -m not soak and not nodes"),
+        ("nodes", "ci -m nodes"),
+        ("soak", "ci -m soak"),
+    ],
 )
 def test_failure_of_a_target_is_one_of_make(tmp_path, target, arguments):
-    """`make test` runs everything in ci/ but the soak."""
+    """`make test` runs everything in ci/ but the soak and the nodes."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "python").write_text('#!/bin/sh\necho "called with $*"\nexit 3\n')
     (folder / "python").chmod(0o755)
-    steps = run("make", "--dry-run", target, f"CHECK_VENV={tmp_path}", f"TEST_VENV={tmp_path}").stdout
+    # Below `make test`, make would also print its folder.
+    dry = ["make", "--dry-run", "--no-print-directory", target]
+    steps = run(*dry, f"CHECK_VENV={tmp_path}", f"TEST_VENV={tmp_path}").stdout
     setup, command = steps.strip().splitlines()
-    assert setup == f'ci/tools/setup.sh {target.replace("soak", "test")} "{tmp_path}"'
+    environment = "check" if target == "check" else "test"
+    assert setup == f'ci/tools/setup.sh {environment} "{tmp_path}"'
     result = run("bash", "-c", command)
     assert result.stdout == f"called with -m pytest {arguments}\n" and result.returncode == 3, result.stdout
 

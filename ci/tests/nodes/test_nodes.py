@@ -11,7 +11,7 @@ import requests
 from ci.tests.nodes.conftest import ask
 from ci.tests.serving.app import COMPLETION, KEY, load, report, stream_is_whole, wait_for
 
-pytestmark = pytest.mark.section("More than one node")
+pytestmark = [pytest.mark.nodes, pytest.mark.section("More than one node")]
 REPLICA = "ray::ServeReplica:default:LLMServer"
 
 
