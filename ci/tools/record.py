@@ -33,10 +33,10 @@ PARTS = {
     "stop-ray": "h200",
 }
 FIGURES = {  # What a figure shows, for those who don't see it
-    "draw-monitoring": "Six panels over time: tokens per second, TPOT, TTFT, latency, KV cache in use, and requests",
-    "draw-capacity": "Requests that fit a GPU against their length, for six kinds of GPU, on one GPU and on two",
-    "draw-sweep": "Output tokens per second and time to first token against concurrent requests, with the limit",
-    "autoscale": "Requests under way and running replicas over time",
+    "draw-monitoring": "Six panels of metrics over time",
+    "draw-capacity": "Requests that fit, by length and GPU",
+    "draw-sweep": "Throughput and first token by concurrency",
+    "autoscale": "Requests and replicas over time",
 }
 BASIS = ("serve-app", "start-ray")  # What every later output depends on
 
@@ -130,12 +130,16 @@ def outdated(notebook: nbformat.NotebookNode) -> list[str]:
 def take(run: Path, name: str, on: str, commit: str) -> None:
     """Keep an executed notebook as records/<name>.ipynb. Raises SystemExit when a cell failed or wasn't executed."""
     record = nbformat.read(run, as_version=4)
-    for cell in [cell for cell in record.cells if cell.cell_type == "code"]:
+    record.cells = [cell for cell in record.cells if cell.cell_type == "code"]
+    for cell in record.cells:
         failed = any(output.output_type == "error" for output in cell.outputs)
         skipped = "skip-execution" not in cell.metadata.get("tags", []) and cell.execution_count is None
         if failed or skipped:
             raise SystemExit(f"{run}: cell {cell.id} {'failed' if failed else 'was not executed'}")
         cell.metadata = {"tags": cell.metadata.get("tags", [])}
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+        for output in [output for output in cell.outputs if output.output_type == "stream"]:
+            output.text = re.sub(r"Model: /\S*/", "Model: ", output.text)  # Where it lay is nobody's business.
     date = record.metadata.papermill.start_time[:10]
     kept = {key: record.metadata[key] for key in ("kernelspec", "language_info")}
     record.metadata = {**kept, "recorded": f"{on}, {date}", "commit": commit}
