@@ -1,7 +1,6 @@
 """The app that these tests share: how to ask it, watch it, deploy it anew, and what runs of it."""
 
 import contextlib
-import json
 import re
 import threading
 import time
@@ -25,7 +24,6 @@ COMPLETION = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1}
 REPLICA, ROUTER = "ray::ServeReplica:default:LLMServer", "ray::ServeReplica:default:LLMRouter"
 LOGS = Path("/tmp/ray/session_latest/logs")
-FAULTS = ROOT / "build" / "faults.json"
 
 
 def deploy(import_path: str, folder: Path, server: dict | None = None, router: dict | None = None) -> None:
@@ -82,15 +80,12 @@ def load(ask=complete):
 
 
 def report(what: str, outcomes: list, since_s: float) -> list:
-    """Print one line for the table of faults, add it to build/faults.json, and return the requests that failed."""
+    """Print one line for the table of faults, and return the requests that failed."""
     failed = [one for one in outcomes if one[2] != 200]
     until_s = max([one[1] for one in failed], default=since_s) - since_s
     wait_s = max(one[1] - one[0] for one in outcomes if one[2] == 200)
     print(f"{what}: {len(outcomes)} sent, {len(failed)} failed {dict(Counter(one[2] for one in failed))}")
     print(f"  the last failure ended after {until_s:.0f} s, the longest wait for an answer was {wait_s:.0f} s")
-    row = {"sent": len(outcomes), "failed": len(failed), "last_failure_s": round(until_s), "wait_s": round(wait_s)}
-    faults = json.loads(FAULTS.read_text()) if FAULTS.exists() else {}
-    FAULTS.write_text(json.dumps(faults | {what: row}, indent=1) + "\n")
     return failed
 
 
