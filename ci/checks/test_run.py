@@ -39,6 +39,17 @@ def test_skipped_test_fails_in_ci(program, tmp_path):
     assert result.returncode != 0 and "the program is absent" in result.stdout, result.stdout
 
 
+def test_page_of_make_tutorial_holds_its_pictures(program, tmp_path):
+    """With the notebook as it is in the place of an executed one."""
+    for name in ("notebook.ipynb", "images"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    program("papermill", "cp notebook.ipynb build/")
+    result = run("bash", "-c", f"cd '{tmp_path}' && bash '{ROOT}/ci/tools/execute.sh'")
+    assert result.returncode == 0, result.stdout
+    sources = re.findall(r'<img [^>]*src="([^"]{12})', (tmp_path / "build" / "notebook.html").read_text())
+    assert len(sources) == 5 and set(sources) == {"data:image/p"}, sources
+
+
 @pytest.mark.parametrize(
     "target, arguments",
     [
