@@ -23,6 +23,7 @@ llm_config = LLMConfig(
     ),
     engine_kwargs=dict(
         max_model_len=8192,
+        stream_interval=8,  # Tokens in a chunk of a stream, after the first
         revision=commits.get(model_source),
         structured_outputs_config=dict(backend="xgrammar"),
         allowed_origins=[],
