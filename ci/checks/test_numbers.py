@@ -12,13 +12,17 @@ from support.machine import FIT_ON_H200, MEMORY_GIB
 pytestmark = pytest.mark.section("The faster path")
 CITATION = re.compile(
     r"\[([\d,.]+) [^]]*\]"
-    r"\(benchmarks/results/([\w-]+)/([\w-]+)\.json \"(\w+) at (\d+)(?:, over ([\w-]+))?\"\)"
+    r"\(benchmarks/results/([\w-]+)/([\w+-]+)\.json \"(\w+) at (\d+)(?:, over ([\w+-]+))?\"\)"
 )
 MEASURED = re.compile(
     r"\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
     r"|\w+(?: times|fold) (?:as|slower|faster|longer|shorter|higher|lower|more|less)\b|twice as \w+|half as \w+"
 )
-SERVERS = {"default path": "default-path", "`vllm serve`": "vllm-serve"}
+SERVERS = {
+    "default path": "default-path",
+    "`vllm serve`": "vllm-serve",
+    "`stream_interval=1`": "tutorial+stream-interval-1",
+}
 # Ray's default, in test_text_names_rays_defaults, and the stand-in's delays, in test_autoscaling_target_is_said_once
 CONSTANTS = {"20 s", "40 s", "30 s"}
 
@@ -74,7 +78,7 @@ def test_each_number_is_said_of_the_server_that_was_measured(cell):
         found = [(server, over) for _, _, server, _, _, over in CITATION.findall(row)]
         assert found == [("tutorial", ""), (other, ""), ("tutorial", other)], row
         assert {point for _, _, _, _, point, _ in CITATION.findall(row)} == {row.split("|")[1].strip()}
-    assert len(rows) == 2
+    assert len(rows) == 4
 
 
 def test_compared_records_are_of_one_sitting():
