@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
+import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 import requests
 
+from ci.common import run
 from ci.tests.nodes.conftest import ask
 from ci.tests.serving.app import COMPLETION, KEY, load, report, stream_is_whole, wait_for
 
@@ -18,8 +20,12 @@ REPLICA = "ray::ServeReplica:default:LLMServer"
 def ports_of_replica(host) -> dict[int, str]:
     """The ports on which the host's replica waits for HAProxy, each with its address."""
     [replica] = host.processes(REPLICA)
-    listening = [one.laddr for one in replica.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
-    return {address.port: address.ip for address in listening if 30000 <= address.port <= 31000}
+    # psutil would list this machine's connections, whatever the process.
+    listening = run("ip", "netns", "exec", host.name, "ss", "-Hltnp").stdout.splitlines()
+    addresses = [line.split()[3].rpartition(":") for line in listening if f"pid={replica.pid}," in line]
+    ports = {int(port): address for address, _, port in addresses if 30000 <= int(port) <= 31000}
+    assert ports, listening
+    return ports
 
 
 def reaches(host, other, port: int) -> bool:
@@ -28,9 +34,9 @@ def reaches(host, other, port: int) -> bool:
 
 def test_loopback_address_keeps_replicas_from_other_nodes(cluster, request):
     """With serve_config.yaml's host, no other machine reaches a node, and no other node the replica."""
-    cluster.deploy(host="127.0.0.1")
-    request.addfinalizer(lambda: cluster.api("DELETE", "serve/applications/"))
-    wait_for(lambda: cluster.running() == 1, "replica", 300)
+    cluster.deploy(1, host="127.0.0.1")
+    request.addfinalizer(cluster.shut_down)
+    wait_for(lambda: cluster.replicas() == ["RUNNING"], "replica", 300)
     [own] = [host for host in cluster.workers if host.processes(REPLICA)]
     ports = ports_of_replica(own)
     print(f"host 127.0.0.1: the replica listens on {ports}")
@@ -53,74 +59,115 @@ def test_each_node_has_a_replica_and_answers(served):
 
 @contextlib.contextmanager
 def streams(url: str):
-    """Four long streams through `url`, begun one after the other, so that the router deals them out in turn."""
-    long = {**COMPLETION, "max_tokens": 2000, "ignore_eos": True, "stream": True}
-    with contextlib.ExitStack() as stack:
-        lines = []
+    """Four long streams through `url`, begun one after the other, so that the router deals them out in turn.
+
+    Yields a future of each: whether it came to its end.
+    """
+    long = {**COMPLETION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
+    whole = []
+    with ThreadPoolExecutor(4) as pool:
         for _ in range(4):
-            answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=120)
-            lines.append(stack.enter_context(answer).iter_lines())
-            assert next(lines[-1]).startswith(b"data: ")
-        yield lines
+            answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
+            lines = answer.iter_lines()
+            assert next(lines).startswith(b"data: ")
+            whole.append(pool.submit(stream_is_whole, lines))
+        yield whole
 
 
-def come_back(cluster, host) -> None:
-    """Start the host again, and wait for its replica."""
-    began_s = time.monotonic()
-    cluster.start(host)
-    wait_for(lambda: cluster.running() == 2 and cluster.health(host) == 200, "replica on the node that came back", 300)
-    print(f"  {time.monotonic() - began_s:.0f} s after the node came back, two replicas serve")
+def under_way(whole: list) -> bool:
+    return not any(one.done() for one in whole)
 
 
 def test_killed_node_takes_its_own_streams_only(served):
     cluster, (stays, goes) = served.cluster, served.cluster.workers
-    with streams(stays.url) as lines, load(lambda: ask(served.url)) as outcomes:
+    with streams(stays.url) as whole, load(lambda: ask(served.url)) as outcomes:
         time.sleep(2)
-        goes.kill()
+        assert under_way(whole)
         killed_s = time.monotonic()
-        whole = [stream_is_whole(one) for one in lines]
-        time.sleep(20)
+        goes.kill()
+        whole = [one.result(timeout=120) for one in whole]
+        wait_for(lambda: len(cluster.nodes()) == 2, "cluster that noticed", 60)
+        print(f"The cluster noticed {time.monotonic() - killed_s:.0f} s after the node was killed")
+        time.sleep(10)
     failed = report("A worker is killed", outcomes, killed_s)
     print(f"  {whole.count(False)} of {len(whole)} streams through the other node broke")
     assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
     assert not [one for one in failed if one[0] > killed_s + 15], failed
-    come_back(cluster, goes)
 
 
 def test_node_that_is_asked_to_leave_fails_no_request(served):
     """SIGTERM, as when Kubernetes deletes a pod: answers under way finish, and the probe tells the balancer."""
     cluster, (_, goes) = served.cluster, served.cluster.workers
-    with streams(goes.url) as lines, load(lambda: ask(served.url)) as outcomes:
+    with streams(goes.url) as whole, load(lambda: ask(served.url)) as outcomes:
         time.sleep(2)
+        assert under_way(whole)
+        asked_s, said = time.monotonic(), []
         goes.terminate()
-        asked_s, said = time.monotonic(), set()
-        while goes.init.poll() is None and time.monotonic() < asked_s + 240:
-            said.add(cluster.health(goes))
+        while goes.runs() and time.monotonic() < asked_s + 240:
+            said += [one] if (one := cluster.health(goes)) not in said[-1:] else []
             time.sleep(0.5)
-        assert goes.init.poll() is not None, "It didn't leave"
+        assert not goes.runs(), "It didn't leave"
         print(f"The node left {time.monotonic() - asked_s:.0f} s after it was asked to; its probe said {said}")
-        whole = [stream_is_whole(one) for one in lines]
+        whole = [one.result(timeout=120) for one in whole]
         time.sleep(3)
     assert not report("A worker is asked to leave", outcomes, asked_s)
     assert all(whole), whole
-    assert 503 in said
-    come_back(cluster, goes)
+    assert said == [200, 503, None], said
+
+
+def test_drained_node_hands_over_its_replica_and_fails_no_request(served):
+    """`ray drain-node`, where another node has room: its replica comes up there first."""
+    cluster = served.cluster
+    cluster.deploy(1)
+    wait_for(lambda: cluster.replicas() == ["RUNNING"], "one replica", 180)
+    [goes] = [host for host in cluster.workers if host.processes(REPLICA)]
+    [other] = [host for host in cluster.workers if host is not goes]
+    drain = ["ray", "drain-node", f"--address={cluster.head.address}:6379", "--deadline-remaining-seconds=240"]
+    drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=maintenance"]
+    drain += [f"--node-id={cluster.nodes()[goes.address]}"]
+    with streams(goes.url) as whole, load(lambda: ask(served.url)) as outcomes:
+        time.sleep(2)
+        assert under_way(whole)
+        drained_s = time.monotonic()
+        result = cluster.head.run(*drain)
+        assert result.returncode == 0, result.stdout
+        without_head = []  # The moments when no worker would have a balancer's requests
+
+        def moved() -> bool:
+            if 200 not in {cluster.health(host) for host in cluster.workers}:
+                without_head.append(time.monotonic() - drained_s)
+            return cluster.serves(other)
+
+        wait_for(moved, "replica on the other node", 300)
+        print(f"The replica had moved {time.monotonic() - drained_s:.0f} s after `ray drain-node`")
+        print(f"  from second {without_head[0]:.0f} to {without_head[-1]:.0f}, only the head's probe said 200")
+        wait_for(lambda: goes.address not in cluster.nodes(), "end of the drained node", 240)
+        print(f"The node was gone {time.monotonic() - drained_s:.0f} s after it; ray start runs: {goes.runs()}")
+        whole = [one.result(timeout=120) for one in whole]
+        time.sleep(3)
+    assert not report("A worker is drained", outcomes, drained_s)
+    assert all(whole), whole
+    goes.kill()
 
 
 def test_node_that_is_cut_off_delays_others_for_a_while(served):
     """Nobody is told, so connections to it hang until somebody gives up."""
-    cluster, (_, goes) = served.cluster, served.cluster.workers
-    with load(lambda: ask(served.url)) as outcomes:
+    cluster, (stays, goes) = served.cluster, served.cluster.workers
+    with streams(stays.url) as whole, load(lambda: ask(served.url)) as outcomes:
         time.sleep(2)
-        goes.cut_off()
         cut_s = time.monotonic()
-        wait_for(lambda: cluster.nodes() == 2, "cluster that noticed", 120)
+        goes.cut_off()
+        wait_for(lambda: goes.address not in cluster.nodes(), "cluster that noticed", 120)
         print(f"The cluster noticed {time.monotonic() - cut_s:.0f} s after the cut")
         time.sleep(10)
+        whole = [one.result(timeout=120) for one in whole]
     failed = report("A worker is cut off", outcomes, cut_s)
+    print(f"  {whole.count(False)} of {len(whole)} streams through the other node broke")
+    print(f"  failed requests began {sorted(round(one[0] - cut_s) for one in failed)} s after the cut")
     assert not [one for one in failed if one[0] > cut_s + 60], failed
-    goes.kill()
     goes.mend()
+    wait_for(lambda: not goes.runs(), "end of the node that was cut off", 120)
+    print(f"  it ended by itself {time.monotonic() - cut_s:.0f} s after the cut")
 
 
 def test_head_that_dies_takes_the_cluster_with_it(served):
@@ -128,8 +175,8 @@ def test_head_that_dies_takes_the_cluster_with_it(served):
     [stays, _] = served.cluster.workers
     with load(lambda: ask(stays.url)) as outcomes:
         time.sleep(2)
-        served.cluster.head.kill()
         killed_s = time.monotonic()
+        served.cluster.head.kill()
         wait_for(lambda: not stays.processes(REPLICA), "end of the replica", 180)
         ended_s = time.monotonic()
         print(f"The replica ended {ended_s - killed_s:.0f} s after the head")
@@ -137,3 +184,34 @@ def test_head_that_dies_takes_the_cluster_with_it(served):
     before = [one for one in outcomes if one[1] < ended_s - 5]
     assert not report("The head is killed", before, killed_s), "Until then, replicas answer"
     assert outcomes[-1][2] != 200
+
+
+@pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server isn't installed")
+def test_head_whose_state_is_kept_comes_back(cluster):
+    """With the control store in a Redis: replicas outlive the head, and a new head takes them over."""
+    serves, joins = cluster.workers
+    for host in cluster.hosts:
+        host.kill()
+    kept = cluster.start_redis()
+    patient = {"RAY_gcs_rpc_server_reconnect_timeout_s": "600"}  # What KubeRay sets on workers
+    cluster.start(cluster.head, **kept)
+    cluster.start(serves, **patient)
+    wait_for(lambda: len(cluster.nodes()) == 2, "cluster of two nodes", 120)
+    cluster.deploy(1)
+    wait_for(lambda: cluster.serves(serves), "replica", 300)
+    [replica] = serves.processes(REPLICA)
+    with load(lambda: ask(serves.url)) as outcomes:
+        time.sleep(2)
+        killed_s = time.monotonic()
+        cluster.head.kill()
+        time.sleep(75)  # Longer than workers wait without the variable
+        back_s = time.monotonic()
+        cluster.start(cluster.head, **kept)
+        wait_for(lambda: cluster.serves(serves), "head that took the replica over", 180)
+        print(f"The new head had taken the replica over {time.monotonic() - back_s:.0f} s after its start")
+        time.sleep(10)
+    assert not report("The head is killed, and comes back after 75 s", outcomes, killed_s)
+    assert replica.is_running() and serves.processes(REPLICA) == [replica]
+    cluster.start(joins, **patient)
+    cluster.deploy(2)
+    wait_for(lambda: cluster.serves(*cluster.workers), "replica on a node that joined", 300)
