@@ -63,15 +63,14 @@ def streams(url: str):
 
     Yields a future of each: whether it came to its end.
     """
-    long = {**COMPLETION, "max_tokens": 4000, "ignore_eos": True, "stream": True}
-    whole = []
+    long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True, "stream": True}
+    begun = []
+    for _ in range(4):
+        answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
+        begun.append(answer.iter_lines())
+        assert next(begun[-1]).startswith(b"data: ")
     with ThreadPoolExecutor(4) as pool:
-        for _ in range(4):
-            answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
-            lines = answer.iter_lines()
-            assert next(lines).startswith(b"data: ")
-            whole.append(pool.submit(stream_is_whole, lines))
-        yield whole
+        yield [pool.submit(stream_is_whole, lines) for lines in begun]
 
 
 def settled(whole: list) -> list[bool]:
@@ -93,8 +92,11 @@ def hold_to_the_page(event: str, outcomes: list, since_s: float, whole: list[boo
     print(f"  {whole.count(False)} of {len(whole)} streams broke")
     if cut == "all finish":
         assert not broke and all(whole), (failed, whole)
-    fail_for_s = 0 if new == "none fails" else float(re.search(r"fail for up to (\d+) s", new)[1])
-    assert not late_s or late_s[-1] <= fail_for_s, f"The page says: {new}. Failed: {failed}"
+    if rare := re.fullmatch(r"fewer than 1 in (\d+) fail", new):
+        assert len(late_s) * int(rare[1]) < len(outcomes), f"The page says: {new}. Failed: {failed}"
+    else:
+        fail_for_s = 0 if new == "none fails" else float(re.fullmatch(r"fail for up to (\d+) seconds", new)[1])
+        assert not late_s or late_s[-1] <= fail_for_s, f"The page says: {new}. Failed: {failed}"
 
 
 def test_killed_node_takes_its_own_streams_only(served):
@@ -112,8 +114,9 @@ def test_killed_node_takes_its_own_streams_only(served):
     assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
 
 
-def test_node_that_is_asked_to_leave_fails_no_request(served):
+def test_node_that_is_asked_to_leave_fails_no_request(served, cell):
     """SIGTERM, as when Kubernetes deletes a pod: answers under way finish, and the probe tells the balancer."""
+    assert "`SIGTERM`, one node at a time, and wait for its replica | none |" in cell("updates")
     _, goes = served.workers
     with streams(goes.url) as whole, calm_load(served.url) as outcomes:
         time.sleep(2)
@@ -131,7 +134,7 @@ def test_node_that_is_asked_to_leave_fails_no_request(served):
     assert said == [200, 503, None], said
 
 
-def test_drained_node_hands_over_its_replica_and_fails_no_request(served):
+def test_drained_node_hands_over_its_replica(served):
     """`ray drain-node` of the only replica's node: the replica comes up on the other node first.
 
     Meanwhile no worker passes the probe, so the balancer needs the head.
@@ -171,7 +174,7 @@ def test_node_that_is_cut_off_delays_others_for_a_while(served):
     """Nobody is told, so connections to it hang until somebody gives up: here, clients after ten seconds."""
     stays, goes = served.workers
     with streams(stays.url) as whole, calm_load(served.url, timeout_s=10) as outcomes:
-        time.sleep(4)
+        time.sleep(2)
         assert not any(one.done() for one in whole)
         cut_s = time.monotonic()
         goes.cut_off()
@@ -188,7 +191,7 @@ def test_node_that_is_cut_off_delays_others_for_a_while(served):
 
 def test_head_that_dies_takes_the_cluster_with_it(served, cell):
     """Without fault tolerance of its control store: replicas go on until their raylets give up on the head."""
-    lasts_s = float(re.search(r"After (\d+) s without a head, the other nodes leave", cell("about-nodes"))[1])
+    lasts_s = float(re.search(r"After (\d+) seconds without a head, the other nodes leave", cell("about-nodes"))[1])
     [stays, _] = served.workers
     with calm_load(served.url) as outcomes:
         time.sleep(2)
@@ -207,7 +210,7 @@ def test_head_that_dies_takes_the_cluster_with_it(served, cell):
 @pytest.mark.skipif(not shutil.which("redis-server"), reason="redis-server isn't installed")
 def test_head_whose_state_is_kept_comes_back(cluster, cell):
     """With the control store in a Redis: replicas outlive the head, and a new head takes them over."""
-    away_s = float(re.search(r"the head was away for (\d+) s", cell("about-nodes"))[1])
+    away_s = float(re.search(r"the head was away for (\d+) seconds", cell("about-nodes"))[1])
     serves, joins = cluster.workers
     for host in cluster.hosts:
         host.kill()
