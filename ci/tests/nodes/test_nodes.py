@@ -131,7 +131,8 @@ def test_node_that_is_asked_to_leave_fails_no_request(served, cell):
         time.sleep(3)
         whole = settled(whole)
     hold_to_the_page("a node is asked to leave, with `SIGTERM`", outcomes, asked_s, whole)
-    assert said == [200, 503, None], said
+    # On a busy machine, the probe may time out in between.
+    assert said[0] == 200 and 503 in said and 200 not in said[said.index(503) :], said
 
 
 def test_drained_node_hands_over_its_replica(served):
