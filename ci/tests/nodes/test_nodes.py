@@ -171,7 +171,7 @@ def test_drained_node_hands_over_its_replica(served):
     assert goes.runs() and not goes.processes("ray::"), "Ray's processes are gone, `ray start --block` isn't"
 
 
-def test_node_that_is_cut_off_delays_others_for_a_while(served):
+def test_node_that_is_cut_off_fails_requests_until_ray_drops_it(served):
     """Nobody is told, so connections to it hang until somebody gives up: here, clients after ten seconds."""
     stays, goes = served.workers
     with streams(stays.url) as whole, calm_load(served.url, timeout_s=10) as outcomes:
