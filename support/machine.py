@@ -79,10 +79,11 @@ def keep_localhost_off_the_proxy() -> None:
 
 
 def find_gpus() -> list[str]:
-    """The names of this machine's NVIDIA GPUs. Raises RuntimeError when ACCELERATOR_TYPE names another type."""
-    if shutil.which("nvidia-smi") is None:
+    """The names of the NVIDIA GPUs that Ray may use. Raises RuntimeError when ACCELERATOR_TYPE names another type."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # Ray counts no other, so a second replica wouldn't find one.
+    if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return []
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *([f"--id={visible}"] if visible else [])]
     gpus = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.splitlines()
     wanted = os.environ.get("ACCELERATOR_TYPE")
     if gpus and wanted and not any(wanted.split("-")[0] in re.split("[ -]", gpu) for gpu in gpus):

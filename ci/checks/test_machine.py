@@ -1,9 +1,11 @@
 """The notebook's checks of the machine: a clear sentence within seconds, for each way a machine can be unfit."""
 
 import http.server
+import shutil
 import socket
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +42,16 @@ def test_no_gpu_means_the_stand_in(gpu):
     result = execute(FINDINGS)
     assert result.returncode == 0 and "GPU: none\nApp: tiny_llama.app:app" in result.stdout, result.stdout
     assert "replicas_that_fit=2" in result.stdout
+
+
+@pytest.mark.parametrize("visible, said", [("1", "GPU: L4 1\n"), ("", "GPU: none\n"), ("0,1", "GPU: L4 0,1\n")])
+def test_hidden_gpus_dont_count(gpu, monkeypatch, visible, said):
+    gpu("")
+    nvidia_smi = Path(shutil.which("nvidia-smi"))
+    nvidia_smi.write_text('#!/bin/sh\nfor last; do :; done\necho "L4 ${last#--id=}"\n')
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    program = "import support.machine as m; print('GPU:', ', '.join(m.find_gpus()) or 'none')"
+    assert said in execute(program).stdout
 
 
 @pytest.mark.parametrize(
