@@ -1,8 +1,12 @@
 """A schema that the engine can't enforce is refused, also after one that it can."""
 
+import json
+
 import pytest
 import requests
+import xgrammar
 
+from ci.common import ROOT
 from ci.tests.serving.app import CHAT, URL, complete, engines
 
 pytestmark = pytest.mark.section("Harden the app")
@@ -43,3 +47,15 @@ def test_what_cannot_be_enforced_is_refused_after_a_valid_request(served, reques
     now = "If this vLLM enforces it, SECURITY.md needs another example, and so does this test"
     assert answer.status_code == 400, f"{now}: {answer.status_code} {answer.text[:300]}"
     assert engines() == before and complete().status_code == 200
+
+
+@pytest.mark.parametrize(
+    "ignored",
+    [{"not": {"required": ["sum"]}}, {"if": {}, "then": False}, {"dependentRequired": {"sum": ["b"]}}],
+    ids=str,
+)
+def test_what_is_accepted_and_ignored(served, ignored):
+    """As SECURITY.md says. When this fails, that sentence has to go, or to name other keywords."""
+    one, other = (str(xgrammar.Grammar.from_json_schema(json.dumps(one))) for one in (VALID, VALID | ignored))
+    assert one == other and ask(**schema(VALID | ignored)).status_code == 200
+    assert f"`{next(iter(ignored))}`" in (ROOT / "SECURITY.md").read_text()
