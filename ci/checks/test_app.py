@@ -15,7 +15,8 @@ from ray.serve.schema import DeploymentSchema
 from ci.common import ROOT, troubleshooting
 
 pytestmark = pytest.mark.section("Harden the app")
-SIZES = {"autoscaling_config", "max_model_len"}  # Of no use to a table that says what happens without a setting
+# Of no use to a table that says what happens without a setting
+SIZES = {"autoscaling_config", "max_model_len", "stream_interval"}
 TOKEN = "hf_CanaryOfTheConfiguration"
 
 

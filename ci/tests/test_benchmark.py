@@ -55,4 +55,5 @@ def test_each_cell_is_told_and_recorded(measured):
 def test_ends_in_a_table_beside_the_records_of_the_page(measured):
     table = measured[0].rpartition("tiny: in brackets")[2]
     assert "tutorial, n=" in table and "vllm-serve, n=" in table and "ratio" in table
-    assert "output tok/s" in table and "record of tutorial" in table and " *" not in table.partition("\n")[2]
+    assert "output tok/s" in table and " *" not in table.partition("\n")[2]
+    assert ("record of tutorial" in table) == ("chat, 1 concurrent" in records.published("tutorial"))
