@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from benchmarks import records
+from benchmarks import records, table
 from benchmarks.run import parse, planned, requests_of
 from benchmarks.variants import VARIANTS, variant
 
@@ -63,6 +63,18 @@ def test_interval_keeps_its_promise():
 
 def test_one_repetition_has_no_interval():
     assert records.estimate(cells([100]), "ttft_p50_ms").interval is None
+
+
+def test_table_puts_the_record_beside_what_was_measured():
+    """At a point that the records have, and not where they have none."""
+    point, other = "chat, 128 concurrent", "chat, 3 concurrent"
+    measured = {"tutorial": {point: cells([1000.0]), other: cells([1000.0])}}
+    titles, throughput, *_ = table.rows(measured, point)
+    assert titles[2:] == ["record of tutorial"] and throughput[0] == "output tok/s"
+    assert throughput[2].startswith(
+        f"{records.estimate(records.published('tutorial')[point], 'output_tok_s').value:,.0f}"
+    )
+    assert len(table.rows(measured, other)[0]) == 2
 
 
 def test_servers_take_turns_in_an_order_of_their_own_at_each_point():

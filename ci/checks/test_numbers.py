@@ -2,6 +2,7 @@
 
 import json
 import re
+from statistics import fmean
 
 import pytest
 
@@ -80,7 +81,31 @@ def test_each_number_is_said_of_the_server_that_was_measured(cell):
         found = [(server, over) for _, _, server, _, _, over in CITATION.findall(row)]
         assert found == [("tutorial", ""), (other, ""), ("tutorial", other)], row
         assert {point for _, _, _, _, point, _ in CITATION.findall(row)} == {row.split("|")[1].strip()}
-    assert len(rows) == 4
+    assert len(rows) == 3
+
+
+def test_table_of_the_records_is_theirs():
+    """benchmarks/README.md, "What the records show": throughputs, ratio with interval, CPU of the replica."""
+    rows = re.findall(
+        r"^\| `([\w-]+)` \| (\d+) \| (\S+ / \S+: .+) \| (\S+ / \S+) \|$",
+        (ROOT / "benchmarks" / "README.md").read_text(),
+        flags=re.M,
+    )
+    found = []
+    for sitting, concurrency, *_ in rows:
+        measured, point = records.read(records.RESULTS / sitting), f"chat, {concurrency} concurrent"
+        pair = [measured.pop("tutorial"), *measured.values()]
+        both = [records.by_point(record)[point] for record in pair]
+        one, other = (records.estimate(cells, "output_tok_s").value for cells in both)
+        ratio = records.ratio(*both, "output_tok_s")
+        interval = "{:.2f} to {:.2f}".format(*ratio.interval)
+        cores = [
+            fmean(c["cores"]["replica or API server"] for c in record["cells"] if records.label(c["point"]) == point)
+            for record in pair
+        ]
+        said = f"{one:,.0f} / {other:,.0f}: {ratio.value:.2f} ({interval}), {ratio.repetitions} repetitions"
+        found.append((sitting, concurrency, said, "{:.2f} / {:.2f}".format(*cores)))
+    assert len(rows) == 5 and rows == found
 
 
 def test_compared_records_are_of_one_sitting():

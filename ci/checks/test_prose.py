@@ -24,6 +24,7 @@ NUMBERS = {
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
+    "levers": "256",  # test_sweep_goes_up_to_what_a_replica_works_on
     "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
     "about-autoscaling": "64 50 700 5 40 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
@@ -119,6 +120,16 @@ def test_sweep_ends_where_the_text_says(monkeypatch, rates, second_replica_at, k
     monkeypatch.setattr(load, "run_load", run_load)
     monkeypatch.setattr(load, "running_replicas", lambda: 1 + (under_way[-1] == second_replica_at))
     assert list(load.sweep_load("tokenizer").index) == kept
+
+
+@pytest.mark.section("Find the useful load")
+def test_sweep_goes_up_to_what_a_replica_works_on(monkeypatch, cell):
+    monkeypatch.setattr(load, "run_load", lambda name, tokenizer, concurrency, _: {"output_throughput": concurrency})
+    monkeypatch.setattr(load, "running_replicas", lambda: 1)
+    last = load.sweep_load("tokenizer").index[-1]
+    assert f"max_ongoing_requests={last}," in cell("serve-app") and f"all {last} that a replica works on" in cell(
+        "levers"
+    )
 
 
 @pytest.mark.section("Put it under load")
