@@ -50,6 +50,7 @@ readme: ## write README.md and the files that the notebooks show, from the noteb
 
 record: ## write what the runs in records/ printed and drew into the notebook, then as make readme
 	@ci/tools/setup.sh check "$(CHECK_VENV)"
+	@$(call in,$(CHECK_VENV)) python -m benchmarks.figure
 	@$(call in,$(CHECK_VENV)) python ci/tools/record.py && $(call in,$(CHECK_VENV)) ci/tools/readme.sh
 
 docs: ## build the docs pages, README.html and notebook.html in build/docs/html

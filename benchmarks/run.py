@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks import records, servers, table
+from benchmarks import figure, records, servers, table
 from benchmarks.servers import BUILD, ROOT
 from benchmarks.variants import VARIANTS
 
@@ -228,6 +228,7 @@ def main() -> None:
             return
         if args.step in ("all", "measure", "table"):
             table.show(folder)
+            figure.show(folder)
     finally:
         if args.step in ("all", "stop"):
             servers.stop()

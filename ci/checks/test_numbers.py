@@ -6,7 +6,7 @@ from statistics import fmean
 
 import pytest
 
-from benchmarks import records
+from benchmarks import figure, records
 from ci.common import ROOT
 from support.machine import FIT_ON_H200, MEMORY_GIB
 
@@ -106,6 +106,12 @@ def test_table_of_the_records_is_theirs():
         said = f"{one:,.0f} / {other:,.0f}: {ratio.value:.2f} ({interval}), {ratio.repetitions} repetitions"
         found.append((sitting, concurrency, said, "{:.2f} / {:.2f}".format(*cores)))
     assert len(rows) == 5 and rows == found
+
+
+def test_first_figure_is_drawn_from_the_records(tmp_path, cell):
+    figure.save(figure.draw([records.RESULTS / name for name in figure.ON_PAGE]), tmp_path / "comparison.png")
+    assert (tmp_path / "comparison.png").read_bytes() == figure.PAGE.read_bytes(), "Run `make record`"
+    assert f"(images/{figure.PAGE.name})" in cell("title")
 
 
 def test_compared_records_are_of_one_sitting():

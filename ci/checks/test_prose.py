@@ -159,7 +159,7 @@ def test_each_figure_is_drawn_and_shown_where_it_is_spoken_of(notebook, cell):
     drawn = [re.search(r"\b(draw_\w+)\(", one.source)[1] for one in notebook.cells if "\ndraw_" in f"\n{one.source}"]
     assert drawn == ["draw_monitoring", "draw_capacity", "draw_sweep"] and "draw_autoscaling(" in cell("autoscale")
     shown = re.findall(r"!\[\w+[^]]*\]\((images/[\w.-]+)\)", (ROOT / "README.md").read_text())
-    names = ["sweep", "monitoring", "capacity", "sweep", "autoscale"]
+    names = ["comparison", "monitoring", "capacity", "sweep", "autoscale"]
     assert shown == [f"images/{name}.png" for name in names]
     text = "\n".join(one.source for one in notebook.cells if "recorded" not in one.metadata.get("tags", []))
     captions = re.findall(r"^\*(Figure \d)\. ", (ROOT / "README.md").read_text(), flags=re.M)

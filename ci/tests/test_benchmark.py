@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 
+import matplotlib.pyplot as plt
 import pytest
 
 from benchmarks import records
@@ -52,8 +53,10 @@ def test_each_cell_is_told_and_recorded(measured):
     assert found["tutorial"]["engine_kwargs"] == found["vllm-serve"]["engine_kwargs"]
 
 
-def test_ends_in_a_table_beside_the_records_of_the_page(measured):
+def test_ends_in_a_table_and_a_figure_beside_the_records_of_the_page(measured):
     table = measured[0].rpartition("tiny: in brackets")[2]
     assert "tutorial, n=" in table and "vllm-serve, n=" in table and "ratio" in table
     assert "output tok/s" in table and " *" not in table.partition("\n")[2]
     assert ("record of tutorial" in table) == ("chat, 1 concurrent" in records.published("tutorial"))
+    assert str(measured[1] / "comparison.png") in table
+    assert plt.imread(measured[1] / "comparison.png").shape[0] > 300
