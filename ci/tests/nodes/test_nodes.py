@@ -58,19 +58,25 @@ def test_each_node_has_a_replica_and_answers(served):
 
 
 @contextlib.contextmanager
-def streams(url: str):
-    """Four long streams through `url`, begun one after the other, so that the router deals them out in turn.
+def under_way(streamed: str, asked: str, timeout_s: float = 30):
+    """Four long streams through the URL `streamed`, and a calm load on `asked`. All are under way when it begins.
 
-    Yields a future of each: whether it came to its end.
+    The streams start one after the other, so that the router deals them out in turn. Yields a future of each, whether
+    it came to its end, and the load's outcomes.
     """
     long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     begun = []
     for _ in range(4):
-        answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
+        answer = requests.post(f"{streamed}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
         begun.append(answer.iter_lines())
         assert next(begun[-1]).startswith(b"data: ")
     with ThreadPoolExecutor(4) as pool:
-        yield [pool.submit(stream_is_whole, lines) for lines in begun]
+        whole = [pool.submit(stream_is_whole, lines) for lines in begun]
+        with calm_load(asked, timeout_s) as outcomes:
+            time.sleep(2)
+            ended = [f"whole: {one.result()}" for one in whole if one.done()]
+            assert not ended, f"Streams that ended before anything happened: {ended}"
+            yield whole, outcomes
 
 
 def settled(whole: list) -> list[bool]:
@@ -101,9 +107,7 @@ def hold_to_the_page(event: str, outcomes: list, since_s: float, whole: list[boo
 
 def test_killed_node_takes_its_own_streams_only(served):
     stays, goes = served.workers
-    with streams(stays.url) as whole, calm_load(served.url) as outcomes:
-        time.sleep(2)
-        assert not any(one.done() for one in whole)
+    with under_way(stays.url, served.url) as (whole, outcomes):
         killed_s = time.monotonic()
         goes.kill()
         wait_for(lambda: goes.address not in served.nodes(), "cluster that noticed", 60)
@@ -118,9 +122,7 @@ def test_node_that_is_asked_to_leave_fails_no_request(served, cell):
     """SIGTERM, as when Kubernetes deletes a pod: answers under way finish, and the probe tells the balancer."""
     assert "`SIGTERM`, one node at a time, and wait for its replica | none |" in cell("updates")
     _, goes = served.workers
-    with streams(goes.url) as whole, calm_load(served.url) as outcomes:
-        time.sleep(2)
-        assert not any(one.done() for one in whole)
+    with under_way(goes.url, served.url) as (whole, outcomes):
         asked_s, said = time.monotonic(), []
         goes.terminate()
         while goes.runs() and time.monotonic() < asked_s + 240:
@@ -147,9 +149,7 @@ def test_drained_node_hands_over_its_replica(served):
     drain = ["ray", "drain-node", f"--address={served.head.address}:6379", "--deadline-remaining-seconds=240"]
     drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=maintenance"]
     drain += [f"--node-id={served.nodes()[goes.address]}"]
-    with streams(goes.url) as whole, calm_load(served.url) as outcomes:
-        time.sleep(2)
-        assert not any(one.done() for one in whole)
+    with under_way(goes.url, served.url) as (whole, outcomes):
         drained_s, only_head_s = time.monotonic(), []
         result = served.head.run(*drain)
         assert result.returncode == 0, result.stdout
@@ -174,9 +174,7 @@ def test_drained_node_hands_over_its_replica(served):
 def test_node_that_is_cut_off_fails_requests_until_ray_drops_it(served):
     """Nobody is told, so connections to it hang until somebody gives up: here, clients after ten seconds."""
     stays, goes = served.workers
-    with streams(stays.url) as whole, calm_load(served.url, timeout_s=10) as outcomes:
-        time.sleep(2)
-        assert not any(one.done() for one in whole)
+    with under_way(stays.url, served.url, timeout_s=10) as (whole, outcomes):
         cut_s = time.monotonic()
         goes.cut_off()
         wait_for(lambda: goes.address not in served.nodes(), "cluster that noticed", 120)
@@ -223,8 +221,7 @@ def test_head_whose_state_is_kept_comes_back(cluster, cell):
     cluster.deploy(1)
     wait_for(lambda: cluster.serves(serves), "replica", 300)
     [replica] = serves.processes(REPLICA)
-    with streams(serves.url) as whole, calm_load(cluster.url) as outcomes:
-        time.sleep(2)
+    with under_way(serves.url, cluster.url) as (whole, outcomes):
         killed_s = time.monotonic()
         cluster.head.kill()
         time.sleep(away_s)  # Longer than workers wait without the variable
