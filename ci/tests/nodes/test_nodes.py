@@ -59,24 +59,24 @@ def test_each_node_has_a_replica_and_answers(served):
 
 @contextlib.contextmanager
 def under_way(streamed: str, asked: str, timeout_s: float = 30):
-    """Four long streams through the URL `streamed`, and a calm load on `asked`. All are under way when it begins.
+    """A calm load on the URL `asked`, and four long streams through `streamed`, just begun.
 
     The streams start one after the other, so that the router deals them out in turn. Yields a future of each, whether
     it came to its end, and the load's outcomes.
     """
     long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True, "stream": True}
     begun = []
-    for _ in range(4):
-        answer = requests.post(f"{streamed}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
-        begun.append(answer.iter_lines())
-        assert next(begun[-1]).startswith(b"data: ")
-    with ThreadPoolExecutor(4) as pool:
+    with calm_load(asked, timeout_s) as outcomes, ThreadPoolExecutor(4) as pool:
+        time.sleep(2)
+        for _ in range(4):
+            answer = requests.post(f"{streamed}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
+            begun.append(answer.iter_lines())
+            assert next(begun[-1]).startswith(b"data: ")
         whole = [pool.submit(stream_is_whole, lines) for lines in begun]
-        with calm_load(asked, timeout_s) as outcomes:
-            time.sleep(2)
-            ended = [f"whole: {one.result()}" for one in whole if one.done()]
-            assert not ended, f"Streams that ended before anything happened: {ended}"
-            yield whole, outcomes
+        time.sleep(0.5)
+        ended = [f"whole: {one.result()}" for one in whole if one.done()]
+        assert not ended, f"Streams that ended before anything happened: {ended}"
+        yield whole, outcomes
 
 
 def settled(whole: list) -> list[bool]:
@@ -118,9 +118,9 @@ def test_killed_node_takes_its_own_streams_only(served):
     assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
 
 
-def test_node_that_is_asked_to_leave_fails_no_request(served, cell):
+def test_node_that_is_asked_to_leave_finishes_what_it_has(served, cell):
     """SIGTERM, as when Kubernetes deletes a pod: answers under way finish, and the probe tells the balancer."""
-    assert "`SIGTERM`, one node at a time, and wait for its replica | none |" in cell("updates")
+    assert "`SIGTERM`, one node at a time, and wait for its replica | fewer than 1 in 100 |" in cell("updates")
     _, goes = served.workers
     with under_way(goes.url, served.url) as (whole, outcomes):
         asked_s, said = time.monotonic(), []
