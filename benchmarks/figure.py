@@ -1,6 +1,6 @@
 """Draw what sittings measured: throughput and first token of this app beside another server.
 
-Usage: python -m benchmarks.figure  (writes Figure 1 of the page from benchmarks/results)
+Usage: python -m benchmarks.figure  (writes Figure 1 of the page and the social preview from benchmarks/results)
 """
 
 import textwrap
@@ -11,7 +11,9 @@ from matplotlib.ticker import StrMethodFormatter
 
 from benchmarks import records
 
-PAGE = Path(__file__).parent.parent / "images" / "comparison.png"
+IMAGES = Path(__file__).parent.parent / "images"
+PAGE, PREVIEW = IMAGES / "comparison.png", IMAGES / "social-preview.png"
+DPI = 120
 ON_PAGE = ("h200-default-path", "h200-vllm-serve")
 NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's default path"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
@@ -70,8 +72,17 @@ def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
     return figure
 
 
+def preview() -> plt.Figure:
+    """What a link to the repository shows: 1280 by 640 pixels, as GitHub asks, with nothing near the edges."""
+    figure = draw([records.RESULTS / name for name in ON_PAGE])
+    figure.set_size_inches(1280 / DPI, 640 / DPI)
+    figure.get_layout_engine().set(rect=(0.04, 0.04, 0.92, 0.84))
+    figure.suptitle("Deploy Llama-3.1-8B with Ray Serve LLM", fontsize=24, fontweight="bold", y=0.95)
+    return figure
+
+
 def save(figure: plt.Figure, file: Path) -> None:
-    figure.savefig(file, dpi=120, metadata={"Software": None})
+    figure.savefig(file, dpi=DPI, metadata={"Software": None})
     plt.close(figure)
 
 
@@ -84,3 +95,4 @@ def show(folder: Path) -> None:
 
 if __name__ == "__main__":
     save(draw([records.RESULTS / name for name in ON_PAGE]), PAGE)
+    save(preview(), PREVIEW)

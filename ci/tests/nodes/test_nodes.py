@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import shutil
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -57,26 +58,41 @@ def test_each_node_has_a_replica_and_answers(served):
         assert requests.post(f"{host.url}/v1/completions", json=COMPLETION, timeout=30).status_code == 401
 
 
+def begin_stream(url: str):
+    """A stream of 2,000 tokens whose first part has come."""
+    long = {**COMPLETION, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
+    lines = answer.iter_lines()
+    assert next(lines).startswith(b"data: "), answer.text
+    return lines
+
+
 @contextlib.contextmanager
 def under_way(streamed: str, asked: str, timeout_s: float = 30):
-    """A calm load on the URL `asked`, and four long streams through `streamed`, just begun.
+    """Four clients of the URL `streamed` with stream after stream, and a calm load on `asked`.
 
-    The streams start one after the other, so that the router deals them out in turn. Yields a future of each, whether
-    it came to its end, and the load's outcomes.
+    Yields a future of each client, whether its last stream came to its end, the load's outcomes, and what the test has
+    to call at the event: no client begins another stream then.
     """
-    long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True, "stream": True}
-    begun = []
+    happened = threading.Event()
+
+    def stream_on(lines) -> bool:
+        while stream_is_whole(lines):
+            if happened.is_set():
+                return True
+            lines = begin_stream(streamed)
+        return False
+
     with calm_load(asked, timeout_s) as outcomes, ThreadPoolExecutor(4) as pool:
-        time.sleep(2)
-        for _ in range(4):
-            answer = requests.post(f"{streamed}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
-            begun.append(answer.iter_lines())
-            assert next(begun[-1]).startswith(b"data: ")
-        whole = [pool.submit(stream_is_whole, lines) for lines in begun]
-        time.sleep(0.5)
-        ended = [f"whole: {one.result()}" for one in whole if one.done()]
-        assert not ended, f"Streams that ended before anything happened: {ended}"
-        yield whole, outcomes
+        try:
+            # One after the other, so that the router deals them out in turn
+            whole = [pool.submit(stream_on, lines) for lines in [begin_stream(streamed) for _ in range(4)]]
+            time.sleep(2)
+            broken = [one.exception() or one.result() for one in whole if one.done()]
+            assert not broken, f"Streams broke before anything happened: {broken}"
+            yield whole, outcomes, happened.set
+        finally:
+            happened.set()
 
 
 def settled(whole: list) -> list[bool]:
@@ -107,8 +123,9 @@ def hold_to_the_page(event: str, outcomes: list, since_s: float, whole: list[boo
 
 def test_killed_node_takes_its_own_streams_only(served):
     stays, goes = served.workers
-    with under_way(stays.url, served.url) as (whole, outcomes):
+    with under_way(stays.url, served.url) as (whole, outcomes, happens):
         killed_s = time.monotonic()
+        happens()
         goes.kill()
         wait_for(lambda: goes.address not in served.nodes(), "cluster that noticed", 60)
         print(f"The cluster noticed {time.monotonic() - killed_s:.0f} s after the node was killed")
@@ -122,8 +139,9 @@ def test_node_that_is_asked_to_leave_finishes_what_it_has(served, cell):
     """SIGTERM, as when Kubernetes deletes a pod: answers under way finish, and the probe tells the balancer."""
     assert "`SIGTERM`, one node at a time, and wait for its replica | fewer than 1 in 100 |" in cell("updates")
     _, goes = served.workers
-    with under_way(goes.url, served.url) as (whole, outcomes):
+    with under_way(goes.url, served.url) as (whole, outcomes, happens):
         asked_s, said = time.monotonic(), []
+        happens()
         goes.terminate()
         while goes.runs() and time.monotonic() < asked_s + 240:
             said += [one] if (one := served.health(goes)) not in said[-1:] else []
@@ -149,9 +167,10 @@ def test_drained_node_hands_over_its_replica(served):
     drain = ["ray", "drain-node", f"--address={served.head.address}:6379", "--deadline-remaining-seconds=240"]
     drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=maintenance"]
     drain += [f"--node-id={served.nodes()[goes.address]}"]
-    with under_way(goes.url, served.url) as (whole, outcomes):
+    with under_way(goes.url, served.url) as (whole, outcomes, happens):
         drained_s, only_head_s = time.monotonic(), []
         result = served.head.run(*drain)
+        happens()
         assert result.returncode == 0, result.stdout
 
         def moved() -> bool:
@@ -174,8 +193,9 @@ def test_drained_node_hands_over_its_replica(served):
 def test_node_that_is_cut_off_fails_requests_until_ray_drops_it(served):
     """Nobody is told, so connections to it hang until somebody gives up: here, clients after ten seconds."""
     stays, goes = served.workers
-    with under_way(stays.url, served.url, timeout_s=10) as (whole, outcomes):
+    with under_way(stays.url, served.url, timeout_s=10) as (whole, outcomes, happens):
         cut_s = time.monotonic()
+        happens()
         goes.cut_off()
         wait_for(lambda: goes.address not in served.nodes(), "cluster that noticed", 120)
         print(f"The cluster noticed {time.monotonic() - cut_s:.0f} s after the cut")
@@ -221,8 +241,9 @@ def test_head_whose_state_is_kept_comes_back(cluster, cell):
     cluster.deploy(1)
     wait_for(lambda: cluster.serves(serves), "replica", 300)
     [replica] = serves.processes(REPLICA)
-    with under_way(serves.url, cluster.url) as (whole, outcomes):
+    with under_way(serves.url, cluster.url) as (whole, outcomes, happens):
         killed_s = time.monotonic()
+        happens()
         cluster.head.kill()
         time.sleep(away_s)  # Longer than workers wait without the variable
         back_s = time.monotonic()
