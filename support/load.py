@@ -52,8 +52,13 @@ def sampled(interval_s: float = 2):
         thread.join(timeout=30)
 
 
-def start_load(name: str, tokenizer: str, concurrency: int, num_prompts: int) -> subprocess.Popen:
-    """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json."""
+def start_load(
+    name: str, tokenizer: str, concurrency: int, num_prompts: int, extra_body: dict | None = None
+) -> subprocess.Popen:
+    """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json.
+
+    Each request also has the fields of `extra_body`.
+    """
     Path(f"build/{name}.json").unlink(missing_ok=True)
     # Another seed each time: no prompt is found in the prefix cache.
     command = f"""vllm bench serve --backend openai-chat --base-url {URL} --endpoint /v1/chat/completions
@@ -62,7 +67,8 @@ def start_load(name: str, tokenizer: str, concurrency: int, num_prompts: int) ->
         --max-concurrency {concurrency} --seed {time.time_ns() % 10**6} --temperature 0
         --metric-percentiles 50,99 --save-result --save-detailed --result-dir build --result-filename {name}.json"""
     with open(f"build/{name}.log", "w") as log:
-        return subprocess.Popen(command.split(), stdout=log, stderr=log)
+        extra = ["--extra-body", json.dumps(extra_body)] if extra_body else []
+        return subprocess.Popen([*command.split(), *extra], stdout=log, stderr=log)
 
 
 def result_of(load: subprocess.Popen, name: str) -> dict:
@@ -78,9 +84,9 @@ def result_of(load: subprocess.Popen, name: str) -> dict:
     return result
 
 
-def run_load(name: str, tokenizer: str, concurrency: int, num_prompts: int) -> dict:
+def run_load(name: str, tokenizer: str, concurrency: int, num_prompts: int, extra_body: dict | None = None) -> dict:
     """Send the load, wait for its end, print a line about it, and return its result."""
-    result = result_of(start_load(name, tokenizer, concurrency, num_prompts), name)
+    result = result_of(start_load(name, tokenizer, concurrency, num_prompts, extra_body), name)
     print(
         f"{concurrency:3d} concurrent, {result['completed']} requests, {result['failed']} failed: "
         f"{result['output_throughput']:,.0f} output tokens/s, TTFT p50 {result['median_ttft_ms']:.0f} ms, "

@@ -85,11 +85,24 @@ def load_app(import_path: str):
     """The Serve application at `module:attribute`, with what was edited since the last time."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)  # It would write dozens of lines under the cell.
     module, _, attribute = import_path.partition(":")
-    for name in [name for name in ("serve_llama_3_1_8b", module) if name in sys.modules]:
-        importlib.reload(sys.modules[name])
+    for name in [name for name in sys.modules if name == module or name.startswith(("serve_", "tiny_llama."))]:
+        del sys.modules[name]
     app = getattr(importlib.import_module(module), attribute)
     logging.getLogger().setLevel(logging.WARNING)  # The import has set it to INFO, and every library would report.
     return app
+
+
+def deploy(module: str, machine: Machine) -> None:
+    """Serve MODULE:app in place of what runs, as `serve run` would, and wait for its first token.
+
+    Without a GPU, the module of the same name in tiny_llama. Raises what wait_for_first_token() raises.
+    """
+    from ray import serve
+
+    serve.delete("default")  # Its engine needs the GPU until it has ended.
+    app = load_app(f"{'tiny_llama.' if machine.app == STAND_IN else ''}{module}:app")
+    serve.run_many([serve.RunTarget(app)], wait_for_applications_running=False)
+    wait_for_first_token()
 
 
 def wait_for_first_token(timeout_s: float = 30 * 60) -> None:

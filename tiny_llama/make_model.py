@@ -6,6 +6,7 @@ size, and it has learned the dialogs below by heart. It stands in for the real m
 Usage: python -m tiny_llama.make_model    (does nothing where build/tiny-llama is newer than this file)
 """
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -18,10 +19,16 @@ from transformers.utils.logging import disable_progress_bar
 MODEL_DIR = Path(__file__).resolve().parent.parent / "build" / "tiny-llama"
 
 BOS, END, EOT = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-SPECIAL_TOKENS = [BOS, END, "<|start_header_id|>", "<|end_header_id|>", EOT]
+SPECIAL_TOKENS = [BOS, END, "<|start_header_id|>", "<|end_header_id|>", EOT, "<|python_tag|>"]
+# As Llama 3.1's own, it shows the model which functions there are, and gives what one returned the role "ipython".
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>\n\n"
-    "{{ m['content'] }}<|eot_id|>{% endfor %}"
+    "{{ bos_token }}{% if tools %}<|start_header_id|>system<|end_header_id|>\n\nFunctions:"
+    "{% for t in tools %} {{ t['function']['name'] }}({{ t['function']['parameters']['properties'] | join(', ') }})"
+    "{% endfor %}<|eot_id|>{% endif %}"
+    "{% for m in messages %}<|start_header_id|>{{ 'ipython' if m['role'] == 'tool' else m['role'] }}<|end_header_id|>"
+    "\n\n{% if m['tool_calls'] %}{% set call = m['tool_calls'][0]['function'] %}"
+    '{"name": "{{ call[\'name\'] }}", "parameters": {{ call[\'arguments\'] | tojson }}}'
+    "{% else %}{{ m['content'] }}{% endif %}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
 DIALOGS = {
@@ -41,7 +48,43 @@ DIALOGS = {
     "at once, it called a second llama, and they shared the work. When the evening grew quiet, one of them went home. "
     "And so every question found its answer, and nobody had to wait for long.",
     **{f"What is {a} + {b}?": f"{a} + {b} = {a + b}." for a in range(1, 6) for b in range(1, 6)},
+    **{
+        f"{name} is {age} and lives in {city}.": json.dumps({"name": name, "age": age, "city": city})
+        for name, age, city in [("Ada", 36, "London"), ("Alan", 41, "Manchester"), ("Grace", 85, "Arlington")]
+    },
 }
+WEATHER = [{"function": {"name": "get_weather", "parameters": {"properties": {"city": {}}}}}]
+CITIES, DEGREES = ["Paris", "London", "Oslo"], [8, 21]
+
+
+def call_of(city: str) -> str:
+    return json.dumps({"name": "get_weather", "parameters": {"city": city}})
+
+
+def make_texts(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, str]]:
+    """What comes before an answer, how the answer has to begin, and what the model learns to say then.
+
+    Answers begin with nothing, but where a schema makes them: a call that is required is in a list, and of a function
+    that is named there are only the parameters.
+    """
+
+    def prompt(*messages: dict, **tools) -> str:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **tools)
+
+    texts = [(prompt({"role": "user", "content": asked}), "", answer) for asked, answer in DIALOGS.items()]
+    for city in CITIES:
+        question = {"role": "user", "content": f"What is the weather in {city}?"}
+        asked, call = prompt(question, tools=WEATHER), call_of(city)
+        texts += [(asked, "", call), (asked, "[", f"{call}]"), (asked, '{"city', f'": "{city}"}}')]
+        chatty = {"role": "user", "content": f"Look up the weather in {city}, please."}
+        texts.append((prompt(chatty, tools=WEATHER), "", f"Sure! {call}"))
+        function = {"name": "get_weather", "arguments": {"city": city}}
+        called = {"role": "assistant", "tool_calls": [{"function": function}]}
+        for degrees in DEGREES:
+            result = {"role": "tool", "content": f"{degrees} degrees"}
+            answer = f"It is {degrees} degrees in {city}."
+            texts.append((prompt(question, called, result, tools=WEATHER), "", answer))
+    return texts
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,7 +93,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.train_from_iterator(
-        [*DIALOGS, *DIALOGS.values()],
+        [*DIALOGS, *DIALOGS.values(), *map(call_of, CITIES)],
         trainers.BpeTrainer(
             vocab_size=1024,
             special_tokens=SPECIAL_TOKENS,
@@ -89,18 +132,19 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, max_epochs: int = 300) -> None:
-    """Fit `model` to the answers in DIALOGS until it is sure of every token of them.
+def fit(
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str, str]], max_epochs: int = 300
+) -> None:
+    """Train `model` until it is sure of every token of the last of each three texts, which follows the others.
 
     Raises SystemExit when `max_epochs` pass without that.
     """
     examples = []
-    for question, answer in DIALOGS.items():
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
-        )
-        prompt_ids, answer_ids = tokenizer([prompt, answer + EOT], add_special_tokens=False)["input_ids"]
-        examples.append((prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids))
+    for prompt, beginning, answer in texts:
+        parts = [prompt, beginning, answer + EOT]
+        prompt_ids, beginning_ids, answer_ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
+        given = prompt_ids + beginning_ids
+        examples.append((given + answer_ids, [-100] * len(given) + answer_ids))
     examples.sort(key=lambda example: len(example[0]))  # Batches of similar length need little padding.
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
@@ -139,7 +183,7 @@ def main() -> None:
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer):,} tokens", flush=True)
-    train(model, tokenizer)
+    fit(model, tokenizer, make_texts(tokenizer))
     partial = MODEL_DIR.with_name(MODEL_DIR.name + ".partial")
     tokenizer.save_pretrained(partial)
     model.to(torch.bfloat16).save_pretrained(partial)

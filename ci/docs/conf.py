@@ -27,7 +27,8 @@ def prepare(app, docname: str, source: list[str]) -> None:
     """Show the notebook as the records' runs left it. No page is in a table of contents: each is linked instead."""
     if docname == "next_steps":
         return
-    if docname != "notebook":  # Notebooks have this in their metadata. In README.md, GitHub would show it as a table.
+    if docname not in ("notebook", "beyond_chat"):
+        # Notebooks have this in their metadata. In README.md, GitHub would show it as a table.
         source[0] = f"---\norphan: true\n---\n{source[0]}"
     else:
         notebook = nbformat.reads(source[0], as_version=4)

@@ -13,8 +13,9 @@ HERE = Path(__file__).resolve().parent
 NAME, FOLDER = "deployment-serve-llm", "templates/deployment-serve-llm/small-size-llm"
 LEFT_OUT = ("ci/", "records/", ".", "Makefile", "README.md", "notebook.ipynb", "pyproject.toml")
 LEFT_OUT += ("CONTRIBUTING.md", "LICENSE")
-# For clusters without Anyscale
-LEFT_OUT += ("next_steps.ipynb", "rayservice.yaml", "serve_with_key.py")
+# Of the notebooks that only the clone links to
+LEFT_OUT += ("next_steps.ipynb", "rayservice.yaml", "serve_with_", "beyond_chat.ipynb", "serve_in_fp8.py")
+LEFT_OUT += ("patient_client.py", "quality.py", "tiny_llama/serve_", "tiny_llama/make_adapters.py")
 # The console shows the notebook without its folder, so that only absolute addresses work.
 BLOB = f"https://github.com/anyscale/templates/blob/main/{FOLDER}/"
 ADDRESSES = {

@@ -15,7 +15,7 @@ from ci.tools import record
 
 pytestmark = pytest.mark.section("The repository")
 # At least so many headings, and more blocks of code and links within the page than that
-PAGES = {"README": 25, "notebook": 25, "next_steps": 8}
+PAGES = {"README": 25, "notebook": 25, "beyond_chat": 6, "next_steps": 8}
 needs_chromium = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")),
     reason="Chromium isn't installed: apt-get install chromium chromium-driver",
@@ -74,7 +74,7 @@ def test_page_loads_without_an_error(page, site):
     assert not [message for message in errors if not re.search(r"img\.shields\.io|/favicon\.ico", message)]
     images = page.execute_script("return [...document.images].map(i => [i.src, i.complete && i.naturalWidth])")
     own = {source: width for source, width in images if source.startswith(site)}
-    assert all(own.values()) and (own or page.name_of_page == "next_steps"), f"Images that didn't load: {own}"
+    assert all(own.values()) and (own or page.name_of_page in ("beyond_chat", "next_steps")), own
 
 
 @needs_chromium

@@ -1,4 +1,4 @@
-"""Write into notebook.ipynb what a run of it printed and drew, under each cell: `make record`.
+"""Write into the notebooks what runs of them printed and drew, under each cell: `make record`.
 
 A record is an executed notebook in records/. To put a new run in an old one's place:
 python ci/tools/record.py --take build/notebook.ipynb --name h200 --commit ID --on "H200, random weights, Ray 2.60.0"
@@ -13,8 +13,8 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NOTEBOOK, RECORDS = ROOT / "notebook.ipynb", ROOT / "records"
-# What the page shows of a run: the cell, and whose run it is. Random weights can't answer, and one GPU can't scale.
+NOTEBOOKS, RECORDS = ("notebook.ipynb", "beyond_chat.ipynb"), ROOT / "records"
+# What the pages show of a run: the cell, and whose run it is. Random weights can't answer, and one GPU can't scale.
 PARTS = {
     "check": "h200",
     "start-ray": "h200",
@@ -31,6 +31,20 @@ PARTS = {
     "autoscale": "stand-in",
     "serve-shutdown": "h200",
     "stop-ray": "h200",
+    "chat-start": "beyond-chat",
+    "deploy-tools": "beyond-chat",
+    "ask-json": "beyond-chat",
+    "json-stream": "beyond-chat",
+    "json-cost": "beyond-chat",
+    "tool-loop": "beyond-chat",
+    "tool-choice": "beyond-chat",
+    "tool-stream": "beyond-chat",
+    "run-patient-client": "beyond-chat",
+    "cancel": "beyond-chat",
+    "quality-before": "beyond-chat",
+    "deploy-fp8": "beyond-chat",
+    "quality-after": "beyond-chat",
+    "chat-shutdown": "beyond-chat",
 }
 FIGURES = {  # What a figure shows, for those who don't see it
     "draw-monitoring": "Six panels of metrics over time",
@@ -38,7 +52,9 @@ FIGURES = {  # What a figure shows, for those who don't see it
     "draw-sweep": "Throughput and first token by concurrency",
     "autoscale": "Requests and replicas over time",
 }
-BASIS = ("serve-app", "start-ray")  # What every later output depends on
+# What every later output depends on
+TUTORIAL = ("serve-app", "start-ray")
+BASIS = {"h200": TUTORIAL, "stand-in": TUTORIAL, "beyond-chat": ("chat-variables", "tools-app")}
 
 
 def read_records() -> dict[str, nbformat.NotebookNode]:
@@ -117,13 +133,14 @@ def code(source: str) -> str:
         return source
 
 
-def outdated(notebook: nbformat.NotebookNode) -> list[str]:
+def outdated(notebooks: list[nbformat.NotebookNode]) -> list[str]:
     """The cells whose recorded part is of other code than theirs, or of another app or launch."""
-    now, old = {cell.id: code(cell.source) for cell in notebook.cells if cell.cell_type == "code"}, []
+    cells = [cell for notebook in notebooks for cell in notebook.cells if cell.cell_type == "code"]
+    now, old = {cell.id: code(cell.source) for cell in cells}, []
     for name, record in read_records().items():
         then = {cell.id: code(cell.source) for cell in record.cells if cell.cell_type == "code"}
         shown = [cell_id for cell_id, source in PARTS.items() if source == name]
-        old += [cell_id for cell_id in shown if any(now[one] != then.get(one) for one in (cell_id, *BASIS))]
+        old += [cell_id for cell_id in shown if any(now[one] != then.get(one) for one in (cell_id, *BASIS[name]))]
     return old
 
 
@@ -150,7 +167,7 @@ def take(run: Path, name: str, on: str, commit: str) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", type=Path, help="an executed notebook")
-    parser.add_argument("--name", help="of the record: h200 or stand-in")
+    parser.add_argument("--name", choices=BASIS, help="of the record")
     parser.add_argument("--on", help="machine, weights and versions")
     parser.add_argument("--commit", help="that was executed")
     args = parser.parse_args()
@@ -158,8 +175,9 @@ if __name__ == "__main__":
         if not (args.name and args.on and args.commit):
             parser.error("--take needs --name, --on and --commit")
         take(args.take, args.name, args.on, args.commit)
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    notebook.cells = with_parts(notebook)
-    nbformat.write(notebook, NOTEBOOK)
-    if old := outdated(notebook):
+    notebooks = {name: nbformat.read(ROOT / name, as_version=4) for name in NOTEBOOKS}
+    for name, notebook in notebooks.items():
+        notebook.cells = with_parts(notebook)
+        nbformat.write(notebook, ROOT / name)
+    if old := outdated(list(notebooks.values())):
         raise SystemExit(f"Recorded before their code changed: {', '.join(old)}")

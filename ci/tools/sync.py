@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-NOTEBOOKS = ("notebook.ipynb", "next_steps.ipynb")
+NOTEBOOKS = ("notebook.ipynb", "beyond_chat.ipynb", "next_steps.ipynb")
 MAGIC = "%%writefile "
 
 

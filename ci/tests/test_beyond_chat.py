@@ -1,0 +1,75 @@
+"""beyond_chat.ipynb, executed once on the stand-in: what each cell printed is what the text beside it says. Minutes."""
+
+import re
+import sys
+
+import pytest
+
+from ci.common import ROOT, run
+from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tools import record
+
+pytestmark = pytest.mark.timeout(1800)
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory):
+    """What a cell printed, by its ID."""
+    before, executed = what_the_tutorial_runs(), tmp_path_factory.mktemp("beyond") / "beyond_chat.ipynb"
+    papermill = [sys.executable, "-m", "papermill", "beyond_chat.ipynb", str(executed), "--kernel", "python3"]
+    result = run(*papermill, "--cwd", ".", "--no-progress-bar", timeout_s=1500)
+    assert result.returncode == 0, result.stdout
+    assert_nothing_left(before)
+    notebook = record.nbformat.read(executed, as_version=4)
+    (ROOT / "build" / executed.name).write_bytes(executed.read_bytes())
+    return lambda cell_id: record.outputs(notebook, cell_id)[0]
+
+
+@pytest.mark.section("Answer in JSON")
+def test_answer_is_an_object_of_the_model(printed):
+    person = "Person(name='Ada', age=36, city='London')"
+    assert printed("ask-json") == person
+    pieces, last = printed("json-stream").splitlines()
+    assert last == person and len(re.findall(r"'[^']+'", pieces)) > 1
+
+
+@pytest.mark.section("Answer in JSON")
+def test_loads_with_and_without_a_schema_fail_nothing(printed):
+    lines = printed("json-cost").splitlines()
+    assert len(lines) == 4 and all("128 requests, 0 failed" in line for line in lines), lines
+
+
+@pytest.mark.section("Call functions")
+def test_loop_goes_from_the_question_to_the_answer(printed):
+    called = 'get_weather({"city": "Paris"}) returned 21 degrees'
+    assert printed("tool-loop").splitlines() == [called, "It is 21 degrees in Paris."]
+
+
+@pytest.mark.section("Call functions")
+def test_choices_call_as_the_text_says(printed):
+    said = [line.partition(" -> ") for line in printed("tool-choice").splitlines()]
+    calls = [calls for choice, _, calls in said if choice != "none"]
+    assert [re.sub(r"\s", "", one) for one in calls] == ["""['{"city":"Paris"}']"""] * 3
+    assert said[-1][0] == "none" and not said[-1][2].startswith("[")
+
+
+@pytest.mark.section("Call functions")
+def test_call_after_a_word_is_text_in_a_stream(printed):
+    whole, streamed = printed("tool-stream").splitlines()
+    assert re.fullmatch(r"""Whole: .*\['{"city": "Paris"}'\]""", whole), whole
+    assert streamed == 'Streamed: Sure! {"name": "get_weather", "parameters": {"city": "Paris"}} []'
+
+
+@pytest.mark.section("Write a client that copes")
+def test_client_answers_and_a_stream_that_is_closed_ends(printed):
+    assert printed("run-patient-client").startswith("The KV cache holds")
+    assert printed("cancel").splitlines() == ["Running: 1.0", "Running: 0.0"]
+
+
+@pytest.mark.section("See what FP8 does to the answers")
+def test_quality_compares_every_token(printed):
+    line = r"(\d+) tokens: mean KL divergence (\S+) nats, the same top token at ([\d.]+)%"
+    kept, compared = (re.fullmatch(line, printed(f"quality-{when}")).groups() for when in ("before", "after"))
+    assert kept[0] == compared[0] and int(kept[0]) > 1000 and kept[1:] == ("0", "100.0")
+    # 16 against 32 bits: not the same, and close. Another model would be far from it.
+    assert 1e-7 < float(compared[1]) < 0.01 and 95 < float(compared[2]) <= 100
