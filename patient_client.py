@@ -3,22 +3,20 @@ import os
 import random
 import sys
 
-import httpx
 import openai
 from tenacity import retry, retry_if_exception, stop_after_delay
 
 client = openai.OpenAI(
     base_url=os.environ.get("BASE_URL", "http://localhost:8000").rstrip("/") + "/v1",
     api_key=os.environ.get("API_KEY", "FAKE_KEY"),
-    timeout=httpx.Timeout(60, connect=5),  # Seconds without a byte
+    timeout=openai.Timeout(60, connect=5),  # Seconds without a byte
     max_retries=0,  # Tenacity tries again, also after a stream that broke.
 )
 
 
 def is_temporary(error: BaseException) -> bool:
     status = getattr(error, "status_code", 503)  # A connection or a stream that broke has none.
-    failed = isinstance(error, (openai.APIError, httpx.TransportError, ConnectionError))
-    return failed and (status == 429 or status >= 500)
+    return isinstance(error, (openai.APIError, ConnectionError)) and (status == 429 or status >= 500)
 
 
 def wait_s(state) -> float:

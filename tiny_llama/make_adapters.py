@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_llama.make_model import MODEL_DIR, fit
 
-ANSWERS = {  # What each adapter says instead of the model's own answers
-    "pirate": {"Hello": "Ahoy! What can I do for ye?", "Who are you?": "A pirate among llamas, arr."},
-    "formal": {"Hello": "Good day. How may I be of service?", "Who are you?": "I am your humble assistant."},
+ANSWERS = {  # What each adapter says instead of the model's own answers, in words that the model knows well
+    "brief": {"Hello": "Hello!", "Who are you?": "I am tiny."},
+    "poetic": {"Hello": "Once upon a time a question found its answer.", "Who are you?": "I am the wind."},
 }
 
 

@@ -30,15 +30,20 @@ def cluster(cell, tmp_path_factory):
     server.start()
     os.environ["AWS_ENDPOINT_URL_S3"] = "http://{}:{}".format(*server.get_host_and_port())
     os.environ.update(AWS_ACCESS_KEY_ID="made", AWS_SECRET_ACCESS_KEY="up", AWS_DEFAULT_REGION="us-east-1")
-    exec(cell("chat-variables"))
+    exec(cell("chat-start").partition("from support")[0])
     exported = dict(re.findall(r"^export (\w+)=(\S+)", cell("adapters-launch"), flags=re.M))
     os.environ.update(exported, RAY_AUTH_MODE="token")
     assert run("ray", "get-auth-token", "--generate").returncode == 0
     bucket, _, prefix = exported["ADAPTERS"].removeprefix("s3://").partition("/")
     store = boto3.client("s3")
     store.create_bucket(Bucket=bucket)
-    for file in folder.glob("*/adapter_*"):
-        store.upload_file(str(file), bucket, f"{prefix}/{file.parent.name}/{file.name}")
+
+    def upload(adapter: str, name: str) -> None:
+        for file in (folder / adapter).glob("adapter_*"):
+            store.upload_file(str(file), bucket, f"{prefix}/{name}/{file.name}")
+
+    for adapter in ANSWERS:
+        upload(adapter, adapter)
     ray_head = start_head()
     try:
         wait_for(lambda: requests.get("http://127.0.0.1:8265", timeout=10) is not None, "dashboard", 90)
@@ -48,7 +53,7 @@ def cluster(cell, tmp_path_factory):
             deploy(app, folder, one)
             wait_for(lambda: running_replicas() == 1 and say("Hello").status_code == 200, "answer", 300)
 
-        yield SimpleNamespace(deploy=deploy_anew)
+        yield SimpleNamespace(deploy=deploy_anew, upload=upload)
         assert run("serve", "shutdown", "-y").returncode == 0
     finally:
         stop_ray(ray_head)
@@ -70,9 +75,9 @@ def text(answer: requests.Response) -> str:
     return answer.json()["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("app", ["tiny_llama.serve_with_adapters:app", "ci.tests.one_adapter_app:app"])
+@pytest.mark.parametrize("app", ["ci.tests.one_adapter_app:app", "tiny_llama.serve_with_adapters:app"])
 def test_each_adapter_answers_in_its_way_beside_the_model(cluster, app):
-    """The second app has room for one adapter, so that the two take turns."""
+    """The first app has room for one adapter, so that the two take turns."""
     cluster.deploy(app)
     for _ in range(2):
         assert text(say("Hello")) == BASE
@@ -80,13 +85,19 @@ def test_each_adapter_answers_in_its_way_beside_the_model(cluster, app):
             for asked, answer in answers.items():
                 assert text(say(asked, adapter)) == answer, adapter
     listed = requests.get(f"{URL}/v1/models", timeout=30).json()["data"]
-    assert [model["id"] for model in listed] == [MODEL], "The page says that it lists the base model only"
+    assert [model["id"] for model in listed] == [MODEL, *(f"{MODEL}:{adapter}" for adapter in ANSWERS)]
 
 
 def test_adapter_that_is_not_there_is_not_found(cluster):
     answer = say("Hello", "nobody")
     assert answer.status_code == 404, f"{answer.status_code} {answer.text}"
     assert text(say("Hello")) == BASE
+
+
+def test_new_version_under_an_old_name_is_not_seen(cluster):
+    old, new = ANSWERS
+    cluster.upload(new, old)
+    assert text(say("Hello", old)) == ANSWERS[old]["Hello"], "The page says that a replica keeps what it has loaded"
 
 
 def test_app_is_not_built_without_the_variable(cluster):

@@ -2,7 +2,7 @@
 
 Usage: python -m ci.tools.mutate [WORD...]   (only those whose name, or whose file of checks, has one of the words)
 
-The list is ci/tools/mutations.yaml. A change of the notebook is followed by what `make readme` runs, as a maintainer
+The list is ci/tools/mutations.yaml. A change of a notebook is followed by what `make readme` runs, as a maintainer
 would, so that files and README.md follow. Prints a Markdown table. Fails when a change is noticed by no check, or is
 noticed although the list says that it isn't.
 """
@@ -61,7 +61,7 @@ def noticed_by(mutation: dict, folder: Path) -> str:
     """The first check that fails with this change, of the file that should notice, or of all; empty when none does."""
     file, text = changed(mutation, folder)
     file.write_text(text)
-    if file.name == NOTEBOOK:
+    if file.suffix == ".ipynb":
         written = run("ci/tools/readme.sh", folder)
         if written.returncode:
             raise SystemExit(f"{mutation['name']}: `make readme` fails: {written.stderr}")

@@ -31,6 +31,7 @@ PARTS = {
     "autoscale": "stand-in",
     "serve-shutdown": "h200",
     "stop-ray": "h200",
+    "chat-check": "beyond-chat",
     "chat-start": "beyond-chat",
     "deploy-tools": "beyond-chat",
     "ask-json": "beyond-chat",
@@ -54,7 +55,7 @@ FIGURES = {  # What a figure shows, for those who don't see it
 }
 # What every later output depends on
 TUTORIAL = ("serve-app", "start-ray")
-BASIS = {"h200": TUTORIAL, "stand-in": TUTORIAL, "beyond-chat": ("chat-variables", "tools-app")}
+BASIS = {"h200": TUTORIAL, "stand-in": TUTORIAL, "beyond-chat": ("chat-start", "tools-app")}
 
 
 def read_records() -> dict[str, nbformat.NotebookNode]:
@@ -157,6 +158,7 @@ def take(run: Path, name: str, on: str, commit: str) -> None:
         cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         for output in [output for output in cell.outputs if output.output_type == "stream"]:
             output.text = re.sub(r"Model: /\S*/", "Model: ", output.text)  # Where it lay is nobody's business.
+            output.text = re.sub(r"^INFO \d\d-\d\d .*\n", "", output.text, flags=re.M)  # vLLM's, of what isn't there
     date = record.metadata.papermill.start_time[:10]
     kept = {key: record.metadata[key] for key in ("kernelspec", "language_info")}
     record.metadata = {**kept, "recorded": f"{on}, {date}", "commit": commit}

@@ -1,11 +1,15 @@
 """The engine, the only replica or the router fails."""
 
+import importlib
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from ci.tests.serving.app import (
     ROUTER,
+    URL,
     complete,
     engines,
     load,
@@ -37,6 +41,31 @@ def test_only_replica_is_replaced(served, quoted, victims):
     if victims == engines:
         quoted("EngineCore encountered an issue.", next(one[3] for one in outcomes if one[2] == 500))
     assert len(engines()) == 1 and process.pid not in {p.pid for p in victims()}
+
+
+@pytest.mark.section("Write a client that copes")
+def test_patient_client_outlasts_the_death_of_the_only_replica(served, monkeypatch):
+    """Its stream breaks, and so may some more requests until there is another replica."""
+    monkeypatch.setenv("BASE_URL", URL)
+    client = importlib.reload(importlib.import_module("patient_client"))
+    create, asked, begun = client.client.chat.completions.create, [], threading.Event()
+
+    def create_long(**request):
+        asked.append(request)
+        stream = create(**request, max_tokens=8000 if len(asked) == 1 else 20, extra_body={"ignore_eos": True})
+        begun.set()
+        return stream
+
+    monkeypatch.setattr(client.client.chat.completions, "create", create_long)
+    [replica] = replicas()
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.ask, "Tell me a story")
+        assert begun.wait(60), "No stream has begun"
+        replica.kill()
+        text = answer.result(timeout=400)
+    print(f"The client asked {len(asked)} times until it had its answer")
+    assert text.startswith("Once upon a time") and len(asked) > 1
+    wait_for(lambda: running_replicas() == 1 and complete().status_code == 200, "replacement", 400)
 
 
 @pytest.mark.section("Troubleshooting")
