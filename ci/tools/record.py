@@ -46,6 +46,7 @@ PARTS = {
     "deploy-fp8": "beyond-chat",
     "quality-after": "beyond-chat",
     "chat-shutdown": "beyond-chat",
+    "chat-stop-ray": "beyond-chat",
 }
 FIGURES = {  # What a figure shows, for those who don't see it
     "draw-monitoring": "Six panels of metrics over time",
