@@ -1,8 +1,9 @@
 # serve_with_key.py
-from ray.serve.llm import build_openai_app
+from ray.serve.llm import LLMConfig, build_openai_app
 
 from api_key import require_key
 from serve_llama_3_1_8b import llm_config
 
-llm_config.engine_kwargs.update(middleware=require_key())
-app = build_openai_app({"llm_configs": [llm_config]})
+settings = llm_config.model_dump(exclude_unset=True)
+settings["engine_kwargs"]["middleware"] = require_key()
+app = build_openai_app({"llm_configs": [LLMConfig(**settings)]})

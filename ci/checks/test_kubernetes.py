@@ -118,7 +118,7 @@ def test_app_is_in_the_config_map_and_asks_for_the_key(applications, groups, cel
     assert f"{module}.py" in files, f"import_path: {module}.py isn't in the ConfigMap {files}"
     source = (ROOT / f"{module}.py").read_text()
     assert re.search(rf"^{attribute} = ", source, flags=re.M), f"import_path: {module}.py has no {attribute}"
-    assert "engine_kwargs.update(middleware=require_key())" in source, f"{module}.py asks for no key"
+    assert 'settings["engine_kwargs"]["middleware"] = require_key()' in source, f"{module}.py asks for no key"
     imported = {f"{name}.py" for name in re.findall(r"^from (\w+) import", source, flags=re.M)}
     assert set(files) == {f"{module}.py", *imported}
     name = re.search(r"create configmap (\S+)", line)[1]

@@ -1,5 +1,5 @@
 // Ask the app of beyond_chat.ipynb for JSON and for a call, with each JavaScript client. Fails on a wrong answer.
-// The app runs on http://localhost:8000, see README.md.
+// The app runs on http://localhost:8000, see ci/README.md.
 import assert from "node:assert/strict";
 import { readFileSync } from "node:fs";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";

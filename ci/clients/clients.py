@@ -1,6 +1,6 @@
 """Ask the app of beyond_chat.ipynb for JSON and for a call, with each Python client. Fails on a wrong answer.
 
-The app runs on http://localhost:8000, see README.md.
+The app runs on http://localhost:8000, see ci/README.md.
 """
 
 import os
