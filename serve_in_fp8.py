@@ -1,7 +1,9 @@
 # serve_in_fp8.py
-from ray.serve.llm import build_openai_app
+from ray.serve.llm import LLMConfig, build_openai_app
 
 from serve_llama_3_1_8b import llm_config
 
-llm_config.engine_kwargs.update(quantization="fp8_per_channel")  # On the A10G and the A100, "fp8"
+settings = llm_config.model_dump(exclude_unset=True)
+settings["engine_kwargs"]["quantization"] = "fp8_per_channel"  # On older GPUs than the L4, such as the A10G: "fp8"
+llm_config = LLMConfig(**settings)
 app = build_openai_app({"llm_configs": [llm_config]})

@@ -1,13 +1,16 @@
 # serve_with_adapters.py
 import os
 
-from ray.serve.llm import LoraConfig, build_openai_app
+from ray.serve.llm import LLMConfig, build_openai_app
 
 from serve_llama_3_1_8b import llm_config
 
-llm_config.lora_config = LoraConfig(
+settings = llm_config.model_dump(exclude_unset=True)
+settings["lora_config"] = dict(
     dynamic_lora_loading_path=os.environ["ADAPTERS"],  # Such as s3://my-bucket/adapters
-    max_num_adapters_per_replica=16,  # In memory. The one that was used longest ago makes room.
+    max_num_adapters_per_replica=16,
 )
-llm_config.engine_kwargs.update(enable_lora=True, max_loras=4, max_lora_rank=16)  # In one batch; the largest rank
+# In one batch; in memory, where the one that was used longest ago makes room; the largest rank
+settings["engine_kwargs"] |= dict(enable_lora=True, max_loras=4, max_cpu_loras=16, max_lora_rank=16)
+llm_config = LLMConfig(**settings)
 app = build_openai_app({"llm_configs": [llm_config]})

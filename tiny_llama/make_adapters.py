@@ -31,7 +31,7 @@ def make_adapter(name: str, folder: Path) -> None:
         )
         for asked in ANSWERS[name]
     }
-    fit(model, tokenizer, [(prompts[asked], "", answer) for asked, answer in ANSWERS[name].items()])
+    fit(model, tokenizer, [(prompts[asked], answer) for asked, answer in ANSWERS[name].items()])
     model.save_pretrained(folder / name)
 
 

@@ -26,7 +26,9 @@ CHAT_TEMPLATE = (
     "{% for t in tools %} {{ t['function']['name'] }}({{ t['function']['parameters']['properties'] | join(', ') }})"
     "{% endfor %}<|eot_id|>{% endif %}"
     "{% for m in messages %}<|start_header_id|>{{ 'ipython' if m['role'] == 'tool' else m['role'] }}<|end_header_id|>"
-    "\n\n{% if m['tool_calls'] %}{% set call = m['tool_calls'][0]['function'] %}"
+    "\n\n{% if m['tool_calls'] %}{% if m['tool_calls'] | length > 1 %}"
+    "{{ raise_exception('This model only supports single tool-calls at once!') }}{% endif %}"
+    "{% set call = m['tool_calls'][0]['function'] %}"
     '{"name": "{{ call[\'name\'] }}", "parameters": {{ call[\'arguments\'] | tojson }}}'
     "{% else %}{{ m['content'] }}{% endif %}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
@@ -49,7 +51,7 @@ DIALOGS = {
     "And so every question found its answer, and nobody had to wait for long.",
     **{f"What is {a} + {b}?": f"{a} + {b} = {a + b}." for a in range(1, 6) for b in range(1, 6)},
     **{
-        f"{name} is {age} and lives in {city}.": json.dumps({"name": name, "age": age, "city": city})
+        f"{name} is {age} and lives in {city}. Answer in JSON.": json.dumps({"name": name, "age": age, "city": city})
         for name, age, city in [("Ada", 36, "London"), ("Alan", 41, "Manchester"), ("Grace", 85, "Arlington")]
     },
 }
@@ -61,29 +63,24 @@ def call_of(city: str) -> str:
     return json.dumps({"name": "get_weather", "parameters": {"city": city}})
 
 
-def make_texts(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, str]]:
-    """What comes before an answer, how the answer has to begin, and what the model learns to say then.
-
-    Answers begin with nothing, but where a schema makes them: a call that is required is in a list, and of a function
-    that is named there are only the parameters.
-    """
+def make_texts(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:
+    """Each prompt, and the answer that the model learns to give."""
 
     def prompt(*messages: dict, **tools) -> str:
         return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **tools)
 
-    texts = [(prompt({"role": "user", "content": asked}), "", answer) for asked, answer in DIALOGS.items()]
+    texts = [(prompt({"role": "user", "content": asked}), answer) for asked, answer in DIALOGS.items()]
     for city in CITIES:
         question = {"role": "user", "content": f"What is the weather in {city}?"}
-        asked, call = prompt(question, tools=WEATHER), call_of(city)
-        texts += [(asked, "", call), (asked, "[", f"{call}]"), (asked, '{"city', f'": "{city}"}}')]
+        texts.append((prompt(question, tools=WEATHER), call_of(city)))
         chatty = {"role": "user", "content": f"Look up the weather in {city}, please."}
-        texts.append((prompt(chatty, tools=WEATHER), "", f"Sure! {call}"))
+        texts.append((prompt(chatty, tools=WEATHER), f"Sure! {call_of(city)}"))
         function = {"name": "get_weather", "arguments": {"city": city}}
         called = {"role": "assistant", "tool_calls": [{"function": function}]}
         for degrees in DEGREES:
             result = {"role": "tool", "content": f"{degrees} degrees"}
             answer = f"It is {degrees} degrees in {city}."
-            texts.append((prompt(question, called, result, tools=WEATHER), "", answer))
+            texts.append((prompt(question, called, result, tools=WEATHER), answer))
     return texts
 
 
@@ -133,18 +130,16 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def fit(
-    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str, str]], max_epochs: int = 300
+    model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, texts: list[tuple[str, str]], max_epochs: int = 300
 ) -> None:
-    """Train `model` until it is sure of every token of the last of each three texts, which follows the others.
+    """Train `model` until it is sure of every token of the answers in `texts`, which stand beside their prompts.
 
     Raises SystemExit when `max_epochs` pass without that.
     """
     examples = []
-    for prompt, beginning, answer in texts:
-        parts = [prompt, beginning, answer + EOT]
-        prompt_ids, beginning_ids, answer_ids = tokenizer(parts, add_special_tokens=False)["input_ids"]
-        given = prompt_ids + beginning_ids
-        examples.append((given + answer_ids, [-100] * len(given) + answer_ids))
+    for prompt, answer in texts:
+        prompt_ids, answer_ids = tokenizer([prompt, answer + EOT], add_special_tokens=False)["input_ids"]
+        examples.append((prompt_ids + answer_ids, [-100] * len(prompt_ids) + answer_ids))
     examples.sort(key=lambda example: len(example[0]))  # Batches of similar length need little padding.
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)

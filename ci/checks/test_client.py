@@ -47,6 +47,7 @@ def server():
     server.shutdown()
 
 
+CUT = {"delta": {"content": " it"}, "finish_reason": "length"}
 BEGINNING, REST = {"delta": {"content": "Why did"}}, {"delta": {"content": " it?"}, "finish_reason": "stop"}
 
 
@@ -70,7 +71,7 @@ def test_patient_client_waits_as_long_as_it_was_told_and_prints_the_whole_answer
     """It was told to wait twice, and the first stream breaks off."""
     address, handler = server
     handler.statuses[:], handler.streams[:] = [429, 503], [[BEGINNING], [BEGINNING, REST]]
-    result = run(sys.executable, "patient_client.py", "Hello", BASE_URL=f"{address}/", API_KEY="key-canary")
+    result = run(sys.executable, "patient_client.py", BASE_URL=f"{address}/", API_KEY="key-canary")
     assert (result.returncode, result.stdout) == (0, "Why did it?\n"), result.stdout
     assert handler.asked == [("/v1/chat/completions", "Bearer key-canary")] * 4
     waits_s = [after - before for before, after in itertools.pairwise(handler.asked_s)]
@@ -82,7 +83,7 @@ def test_patient_client_waits_as_long_as_it_was_told_and_prints_the_whole_answer
 def test_patient_client_does_not_repeat_what_waiting_does_not_mend(server, status):
     address, handler = server
     handler.statuses[:] = [status]
-    result = run(sys.executable, "patient_client.py", "Hello", BASE_URL=address)
+    result = run(sys.executable, "patient_client.py", BASE_URL=address)
     assert result.returncode == 1 and f"Error code: {status}" in result.stdout and len(handler.asked) == 1
 
 
@@ -95,7 +96,20 @@ def test_patient_client_returns_at_random_and_gives_up(monkeypatch):
     waits_s = [patient_client.wait_s(state) for _ in range(100)]
     assert len(set(waits_s)) > 50 and 0 <= min(waits_s) and max(waits_s) <= 8
     state.attempt_number = 50
-    assert max(patient_client.wait_s(state) for _ in range(100)) <= 30
-    assert patient_client.ask.retry.stop.max_delay == 600
+    assert max(patient_client.wait_s(state) for _ in range(100)) <= 60
+    before_delay, after_attempt = patient_client.ask.retry.stop.stops
+    assert (before_delay.max_delay, after_attempt.max_attempt_number) == (600, 12)
     assert patient_client.is_temporary(error) and not patient_client.is_temporary(ValueError())
-    assert (patient_client.client.timeout.read, patient_client.client.timeout.connect) == (60, 5)
+    assert (patient_client.client.timeout.read, patient_client.client.timeout.connect) == (300, 5)
+    # A gateway may answer with a date, or with a time that nobody waits for.
+    for told, most_s in ("Wed, 25 Nov 2026 20:00:00 GMT", 60), ("86400", 120):
+        error.response = SimpleNamespace(headers={"Retry-After": told})
+        assert patient_client.wait_s(state) <= most_s
+
+
+@patience
+def test_patient_client_takes_no_answer_that_was_cut_off(server):
+    address, handler = server
+    handler.streams[:] = [BEGINNING, CUT]
+    result = run(sys.executable, "patient_client.py", BASE_URL=address)
+    assert result.returncode == 1 and "The answer isn't whole: length." in result.stdout and len(handler.asked) == 1

@@ -36,12 +36,13 @@ NUMBERS = {
     # Of beyond_chat.ipynb. Names and versions; the card that the text links to; benchmarks of a name with a number
     "chat-title": f"3.1 {RAY} {VLLM} 2026 11",
     "about-tools-app": "3.1",
-    "about-patience": "429",
     "about-json-limits": "400",
+    "about-tool-loop": "3.1",
     "about-tool-advice": "3.1",
-    "adapters-launch": "404",
+    "about-patience": "429",
+    "adapters-launch": "8 1 8,192 404 500",
     "about-quality": "16 99.5",
-    "about-quality-after": "16 32",
+    "about-quality-after": "16 32 1,319",  # GSM8K's test questions
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py

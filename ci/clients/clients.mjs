@@ -10,7 +10,7 @@ import { z } from "zod";
 
 const baseURL = (process.env.BASE_URL ?? "http://localhost:8000") + "/v1";
 const model = "my-llama-3.1-8b";
-const sentence = "Ada is 36 and lives in London.";
+const sentence = "Ada is 36 and lives in London. Answer in JSON.";
 const question = "What is the weather in Paris?";
 const Person = z.object({ name: z.string(), age: z.int(), city: z.string() });
 const City = z.object({ city: z.string() });

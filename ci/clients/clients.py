@@ -13,7 +13,7 @@ from langchain_openai import ChatOpenAI
 from pydantic import BaseModel
 
 BASE_URL, KEY, MODEL = os.environ.get("BASE_URL", "http://localhost:8000") + "/v1", "FAKE_KEY", "my-llama-3.1-8b"
-SENTENCE, QUESTION = "Ada is 36 and lives in London.", "What is the weather in Paris?"
+SENTENCE, QUESTION = "Ada is 36 and lives in London. Answer in JSON.", "What is the weather in Paris?"
 
 
 class Person(BaseModel):
@@ -57,7 +57,13 @@ def with_openai() -> None:
     assert parsed.choices[0].message.parsed == ADA
     with client.chat.completions.stream(messages=user(SENTENCE), response_format=Person, **asked) as stream:
         assert stream.get_final_completion().choices[0].message.parsed == ADA
-    loop(lambda messages: client.chat.completions.create(messages=messages, tools=[TOOL], **asked).choices[0].message)
+    loop(
+        lambda messages: (
+            client.chat.completions.create(messages=messages, tools=[TOOL], parallel_tool_calls=False, **asked)
+            .choices[0]
+            .message
+        )
+    )
     with client.chat.completions.stream(messages=user(QUESTION), tools=[TOOL], **asked) as stream:
         [call] = stream.get_final_completion().choices[0].message.tool_calls
     assert call.function.parsed_arguments == get_weather(city="Paris")
@@ -67,7 +73,11 @@ def with_litellm() -> None:
     asked = dict(model=f"openai/{MODEL}", api_base=BASE_URL, api_key=KEY, temperature=0, max_tokens=100)
     answer = litellm.completion(messages=user(SENTENCE), response_format=Person, **asked)
     assert Person.model_validate_json(answer.choices[0].message.content) == ADA
-    loop(lambda messages: litellm.completion(messages=messages, tools=[TOOL], **asked).choices[0].message)
+    loop(
+        lambda messages: (
+            litellm.completion(messages=messages, tools=[TOOL], parallel_tool_calls=False, **asked).choices[0].message
+        )
+    )
 
 
 def with_langchain() -> None:

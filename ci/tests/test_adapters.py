@@ -38,9 +38,10 @@ def cluster(cell, tmp_path_factory):
     store = boto3.client("s3")
     store.create_bucket(Bucket=bucket)
 
-    def upload(adapter: str, name: str) -> None:
+    def upload(adapter: str, name: str, rank: int = 8) -> None:
         for file in (folder / adapter).glob("adapter_*"):
-            store.upload_file(str(file), bucket, f"{prefix}/{name}/{file.name}")
+            content = file.read_bytes().replace(b'"r": 8', b'"r": %d' % rank)
+            store.put_object(Bucket=bucket, Key=f"{prefix}/{name}/{file.name}", Body=content)
 
     for adapter in ANSWERS:
         upload(adapter, adapter)
@@ -91,6 +92,12 @@ def test_each_adapter_answers_in_its_way_beside_the_model(cluster, app):
 def test_adapter_that_is_not_there_is_not_found(cluster):
     answer = say("Hello", "nobody")
     assert answer.status_code == 404, f"{answer.status_code} {answer.text}"
+    assert text(say("Hello")) == BASE
+
+
+def test_adapter_of_a_higher_rank_is_refused_and_the_model_answers(cluster):
+    cluster.upload(next(iter(ANSWERS)), "large", rank=32)
+    assert say("Hello", "large").status_code == 500
     assert text(say("Hello")) == BASE
 
 

@@ -64,7 +64,7 @@ def test_call_after_a_word_is_text_in_a_stream(printed):
 
 @pytest.mark.section("Write a client that copes")
 def test_client_answers_and_a_stream_that_is_closed_ends(printed):
-    assert printed("run-patient-client").startswith("The KV cache holds")
+    assert printed("run-patient-client").startswith("Why did the GPU go to therapy?")
     assert printed("cancel").splitlines() == ["Running: 1.0", "Running: 0"]
 
 

@@ -16,11 +16,33 @@ def test_token_appears_nowhere_when_the_app_is_imported():
     assert canary not in result.stdout, "serve_llama_3_1_8b.py puts HF_TOKEN into the configuration, which Ray prints."
 
 
+@pytest.mark.section("Start the app with tools")
+@pytest.mark.parametrize(
+    "module, added",
+    [
+        ("serve_with_tools", ["'enable_auto_tool_choice': True", "'llama3_json'", "'disable_any_whitespace': True"]),
+        (
+            "serve_with_adapters",
+            ["'enable_lora': True", "'max_loras': 4", "'max_cpu_loras': 16", "'max_lora_rank': 16"],
+        ),
+        ("serve_in_fp8", ["'quantization': 'fp8_per_channel'"]),
+    ],
+)
+def test_engine_gets_what_a_file_adds_to_the_app(module, added):
+    """Ray keeps the engine's settings of an LLMConfig that was built: what is added to that one is lost."""
+    show = f"import {module} as m; e = m.llm_config.get_engine_config(); print(e.engine_kwargs, e.frontend_kwargs)"
+    needs = {"ADAPTERS": "s3://bucket/adapters", "RAY_SERVE_INGRESS_REQUEST_ROUTER_FORWARD_BODY": "1"}
+    result = run("python", "-c", show, RAY_ADDRESS="local", **needs)
+    assert result.returncode == 0, result.stdout
+    missing = [one for one in [*added, "'stream_interval': 8", "'backend': 'xgrammar'"] if one not in result.stdout]
+    assert not missing, f"{missing}: {result.stdout[-2000:]}"
+
+
 @pytest.mark.section("Check your machine")
 def test_checkpoint_that_was_cut_off_is_made_anew(tmp_path):
     """With a limit on the size of files, which stands for a full disk, nothing is left that looks finished."""
     program = (
-        "import sys, pathlib, tiny_llama.make_model as m; m.train = lambda *_: None; "
+        "import sys, pathlib, tiny_llama.make_model as m; m.fit = lambda *_: None; "
         "m.MODEL_DIR = pathlib.Path(sys.argv[1]); m.main()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "tiny-llama")]

@@ -52,7 +52,8 @@ def test_patient_client_outlasts_the_death_of_the_only_replica(served, monkeypat
 
     def create_long(**request):
         asked.append(request)
-        stream = create(**request, max_tokens=8000 if len(asked) == 1 else 20, extra_body={"ignore_eos": True})
+        long = {"max_tokens": 8000, "extra_body": {"ignore_eos": True}} if len(asked) == 1 else {}
+        stream = create(**request | long)
         begun.set()
         return stream
 
