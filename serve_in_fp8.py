@@ -1,7 +1,7 @@
 # serve_in_fp8.py
 from ray.serve.llm import LLMConfig, build_openai_app
 
-from serve_llama_3_1_8b import llm_config
+from serve_with_tools import llm_config
 
 settings = llm_config.model_dump(exclude_unset=True)
 settings["engine_kwargs"]["quantization"] = "fp8_per_channel"  # On older GPUs than the L4, such as the A10G: "fp8"

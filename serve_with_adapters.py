@@ -10,7 +10,11 @@ settings["lora_config"] = dict(
     dynamic_lora_loading_path=os.environ["ADAPTERS"],  # Such as s3://my-bucket/adapters
     max_num_adapters_per_replica=16,
 )
-# In one batch; in memory, where the one that was used longest ago makes room; the largest rank
-settings["engine_kwargs"] |= dict(enable_lora=True, max_loras=4, max_cpu_loras=16, max_lora_rank=16)
+settings["engine_kwargs"] |= dict(
+    enable_lora=True,
+    max_loras=4,  # Adapters in one batch
+    max_cpu_loras=16,  # Adapters in memory. A new one replaces the one that was used longest ago.
+    max_lora_rank=16,  # The largest "r" of any adapter_config.json
+)
 llm_config = LLMConfig(**settings)
 app = build_openai_app({"llm_configs": [llm_config]})

@@ -101,9 +101,9 @@ def test_code_is_highlighted_and_can_be_copied(page):
     for kind, text, spans, buttons in blocks:
         language = re.search(r"highlight-([\w-]+)", kind)[1]
         if language in {"text", "myst-ansi"}:  # What a run printed
-            assert not buttons and text.startswith(("# H200, random weights,", "# The stand-in on ", "(anyscale ")), (
-                text
-            )
+            assert not buttons and text.startswith(
+                ("# H200, random weights,", "# The stand-in on ", "(anyscale ", "s3://")
+            ), text
             continue
         assert language in {"python", "ipython3", "bash", "yaml", "dockerfile"}, f"{language}: {text[:80]}"
         assert buttons == 1 and spans > 0, f"{language}, {spans} highlighted words, {buttons} copy buttons: {text[:80]}"
