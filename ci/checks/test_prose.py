@@ -39,7 +39,7 @@ NUMBERS = {
     "about-tool-loop": "3.1",
     "about-tool-advice": "3.1",
     "about-patience": "429",
-    "adapters-launch": "8 1 8,192 404 500",
+    "adapters-launch": "8 1 8,192 404 400",
     "about-quality": "16 99.5",
     "about-quality-after": "16 32 1,319",  # GSM8K's test questions
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
