@@ -65,16 +65,17 @@ def test_call_after_a_word_is_text_in_a_stream(printed):
 @pytest.mark.section("Write a client that copes")
 def test_client_answers_and_a_stream_that_is_closed_ends(printed):
     assert printed("run-patient-client").startswith("Why did the GPU go to therapy?")
-    assert printed("cancel").splitlines() == ["Running: 1.0", "Running: 0"]
+    assert printed("cancel").splitlines() == ["Running: 1", "Running: 0"]
 
 
 @pytest.mark.section("See what FP8 does to the answers")
 def test_quality_compares_every_token(printed):
     line = r"(\d+) tokens: mean KL divergence (\S+) nats, the same top token at ([\d.]+)%"
-    kept, compared = (re.fullmatch(line, printed(f"quality-{when}")).groups() for when in ("before", "after"))
-    assert kept[0] == compared[0] and int(kept[0]) > 1000 and kept[1:] == ("0", "100.0")
+    said = printed("quality-before").splitlines() + [printed("quality-after")]
+    (kept, *itself), (again, *noise), (compared, *after) = (re.fullmatch(line, one).groups() for one in said)
+    assert int(kept) == int(again) == int(compared) > 1000 and itself == ["0", "100.0"]
     # 16 against 32 bits: not the same, and close. Another model would be far from it.
-    assert 1e-7 < float(compared[1]) < 0.01 and 95 < float(compared[2]) <= 100
+    assert float(noise[0]) < 1e-6 < float(after[0]) < 0.01 and 95 < float(after[1]) <= 100
 
 
 @pytest.mark.section("See what FP8 does to the answers")
