@@ -65,7 +65,9 @@ def read_records() -> dict[str, nbformat.NotebookNode]:
 
 def outputs(record: nbformat.NotebookNode, cell_id: str) -> tuple[str, bytes | None]:
     """The text that a cell printed to stdout, without colors, and the picture that it drew, if any."""
-    cell = next(cell for cell in record.cells if cell.id == cell_id)
+    cell = next((cell for cell in record.cells if cell.id == cell_id), None)
+    if cell is None:
+        raise SystemExit(f"No record has the cell {cell_id} yet. CONTRIBUTING.md says how to record")
     text = "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
     pictures = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
     return re.sub(r"\x1b\[[\d;]*m", "", text).strip("\n"), base64.b64decode(pictures[0]) if pictures else None
