@@ -36,6 +36,7 @@ NUMBERS = {
     # Of beyond_chat.ipynb. Names and versions; the card that the text links to; benchmarks of a name with a number
     "chat-title": f"3.1 {RAY} {VLLM} 2026 11",
     "about-json-limits": "400 512 64",
+    "about-json-cost": "1 2 3 4",
     "about-tool-loop": "3.1",
     "about-tool-advice": "3.1",
     "about-patience": "429",
