@@ -37,12 +37,13 @@ NUMBERS = {
     "chat-title": f"3.1 {RAY} {VLLM} 2026 11",
     "about-json-limits": "400 512 64",
     "about-json-cost": "1 2 3 4",
+    "about-fp8": "32",
     "about-tool-loop": "3.1",
     "about-tool-advice": "3.1",
     "about-patience": "429",
     "adapters-launch": "8 1 8,192 404 400",
     "about-quality": "16 99.5",
-    "about-quality-after": "16 32 1,319",  # GSM8K's test questions
+    "about-quality-after": "1,319",  # The test questions of GSM8K
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
