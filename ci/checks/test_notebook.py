@@ -81,6 +81,13 @@ def test_headings_are_unique_and_links_to_them_resolve(each_notebook):
     assert not broken, f"Links to headings that don't exist: {broken}"
 
 
+def test_dollars_are_no_math(each_notebook):
+    """Jupyter takes what stands between two dollar signs for a formula."""
+    for cell in [cell for cell in each_notebook.cells if cell.cell_type == "markdown"]:
+        prose = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
+        assert not re.search(r"(?<!\\)\$", prose), f"{cell.id}: write \\$ for a dollar sign"
+
+
 def test_links_to_sections_of_other_files_resolve():
     guides = [file for file in ROOT.rglob("*.md") if not file.is_relative_to(ROOT / "build")]
     found = 0
