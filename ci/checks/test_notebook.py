@@ -82,10 +82,12 @@ def test_headings_are_unique_and_links_to_them_resolve(each_notebook):
 
 
 def test_dollars_are_no_math(each_notebook):
-    """Jupyter takes what stands between two dollar signs for a formula."""
+    """Jupyter takes what stands between two dollar signs for a formula, also escaped ones, unless a tag is between."""
     for cell in [cell for cell in each_notebook.cells if cell.cell_type == "markdown"]:
         prose = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
         assert not re.search(r"(?<!\\)\$", prose), f"{cell.id}: write \\$ for a dollar sign"
+        for paragraph in re.sub(r"\*\*[^*]*\*\*", "", prose).split("\n\n"):
+            assert paragraph.count("$") < 2, f"{cell.id}: set all dollars but one in bold: {paragraph}"
 
 
 def test_links_to_sections_of_other_files_resolve():
