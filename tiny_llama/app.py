@@ -14,7 +14,7 @@ def shrunk(config: LLMConfig) -> LLMConfig:
     settings["accelerator_config"] = {"kind": "cpu"}
     settings["engine_kwargs"] |= {"enforce_eager": True, "revision": None}
     # Short delays, so that a short run shows the autoscaler at work. The sweep's loads are shorter.
-    settings["deployment_config"]["autoscaling_config"] |= {"upscale_delay_s": 30, "downscale_delay_s": 15}
+    settings["deployment_config"]["autoscaling_config"] |= {"upscale_delay_s": 40, "downscale_delay_s": 30}
     settings["runtime_env"] = {"env_vars": {"VLLM_CPU_KVCACHE_SPACE": "1"}}
     return LLMConfig(**settings)
 

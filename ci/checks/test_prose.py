@@ -26,7 +26,7 @@ NUMBERS = {
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
     "levers": "256",  # test_sweep_goes_up_to_what_a_replica_works_on
     "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
-    "about-autoscaling": "64 50 700 5 30 15",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
+    "about-autoscaling": "64 50 700 5 40 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
     "compare": "512 128 256 2.11.0 2.13.0",  # The records' lengths, points and versions
