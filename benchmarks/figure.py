@@ -4,6 +4,7 @@ Usage: python -m benchmarks.figure  (writes Figure 1 of the page and the social 
 """
 
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -17,28 +18,39 @@ DPI = 120
 ON_PAGE = ("h200-default-path", "h200-vllm-serve")
 NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's default path"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
-COLORS = ("black", "white"), ("tab:orange", "black")  # Of bars and numbers, different in grey, too
+COLORS = "black", "tab:orange"  # Different in grey, too
+SATURATED = (0, 256)  # Left out of the page's: requests wait there, and how long is chance
 
 
-def rows_of(folder: Path) -> list[tuple[str, str, str, list[dict]]]:
-    """For each point that both servers of a sitting have: its label, the other's name, setup, and steady states."""
+@dataclass
+class Row:
+    """What two servers of a sitting had at one point."""
+
+    load: tuple[float, int]  # Requests per second and concurrency, of which one is 0: rows are in this order
+    point: str
+    lengths: str
+    setup: str
+    date: str
+    other: str
+    pair: list[dict[int, records.Steady]]  # This app's, and the other's
+
+
+def rows_of(folder: Path) -> list[Row]:
+    """A row for each point that both servers of a sitting have."""
     found = records.read(folder)
     if len(found) != 2:
         return []
     ours, theirs = sorted(found.values(), key=lambda record: "tutorial" not in record["server"])
-    both, versions = (records.by_point(ours), records.by_point(theirs)), ours["versions"]
-    setup = f"{ours['model']}, {ours['weights']} weights, {ours['hardware']}, Ray {versions['ray']}, "
-    setup += f"vLLM {versions['vllm']}, {ours['date']}"
-    lengths = {
-        records.label(one["point"]): "{input_len} tokens in, {output_len} out".format(**one["point"])
-        for one in ours["cells"]
-    }
-    name = NAMES.get(theirs["server"], theirs["server"])
-    points = [point for point in both[0] if point in both[1]]
-    return [
-        (f"{point.removeprefix('chat, ')}, {lengths[point]}", name, setup, [one[point] for one in both])
-        for point in points
-    ]
+    both, rows = (records.by_point(ours), records.by_point(theirs)), {}
+    setup = "{model}, {weights} weights, {hardware}, Ray {versions[ray]}, vLLM {versions[vllm]}".format(**ours)
+    for cell in ours["cells"]:
+        point, label = cell["point"], records.label(cell["point"])
+        if all(label in points for points in both):
+            load = point.get("rate", 0), point.get("concurrency", 0)
+            lengths = "{input_len} tokens in, {output_len} out".format(**point)
+            name, other = label.removeprefix("chat, "), NAMES.get(theirs["server"], theirs["server"])
+            rows[label] = Row(load, name, lengths, setup, ours["date"], other, [points[label] for points in both])
+    return list(rows.values())
 
 
 def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
@@ -46,28 +58,37 @@ def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
 
     Raises ValueError when no sitting has two servers.
     """
-    rows = [(folder == yours, *row) for folder in folders for row in rows_of(folder)]
+    rows = [row for folder in folders if folder != yours for row in rows_of(folder) if row.load != SATURATED]
+    rows = sorted(rows, key=lambda row: row.load)
+    if yours:
+        rows = sorted(rows_of(yours), key=lambda row: row.load) + rows
+    own = len(rows_of(yours)) if yours else 0
     if not rows:
         raise ValueError("A figure needs a sitting with two servers")
     figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.8 * len(rows)), sharey=True, layout="constrained")
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
-        for number, (*_, pair) in enumerate(rows):
-            estimates = [records.estimate(cells, metric) for cells in pair]
-            for y, one, (bar, ink) in zip((3 * number, 3 * number + 1), estimates, COLORS, strict=True):
+        for number, row in enumerate(rows):
+            for y, cells, color in zip((3 * number, 3 * number + 1), row.pair, COLORS, strict=True):
+                one = records.estimate(cells, metric)
                 low, high = one.interval or (one.value, one.value)
-                axis.barh(y, one.value, 0.8, color=bar)
+                axis.barh(y, one.value, 0.8, color=color)
                 axis.plot([low, high], [y, y], "|-", color="gray")
-                axis.text(0, y, f"  {one.value:,.0f}", va="center", color=ink)
+                axis.text(max(one.value, high), y, f"  {one.value:,.0f}", va="center")
         axis.locator_params("x", nbins=5)
+        axis.margins(x=0.15)  # Room for the numbers
+        axis.set_xlim(left=0)
         axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         axis.set_title(title, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    names = [name for _, _, other, *_ in rows for name in (NAMES["tutorial"], other)]
-    for number, (own, point, *_) in enumerate(rows):
-        axes[0].text(0, 3 * number - 0.6, f" {'Yours: ' * own}{point}", va="bottom", fontweight="bold")
+    lengths = {row.lengths for row in rows}
+    for number, row in enumerate(rows):
+        point = f" {'Yours: ' * (number < own)}{row.point}{', ' + row.lengths if len(lengths) > 1 else ''}"
+        axes[0].text(0, 3 * number - 0.6, point, va="bottom", fontweight="bold")
+    names = [name for row in rows for name in (NAMES["tutorial"], row.other)]
     axes[0].set_yticks([3 * number + y for number in range(len(rows)) for y in (0, 1)], names)
     axes[0].set_ylim(3 * len(rows) - 1.2, -1.4)
-    said = " | ".join(dict.fromkeys(setup for _, _, _, setup, _ in rows))
+    said = [*dict.fromkeys(row.setup for row in rows), *(lengths if len(lengths) == 1 else ())]
+    said = ", ".join([*said, " and ".join(sorted({row.date for row in rows}))])
     figure.supxlabel("\n".join(textwrap.wrap(f"{said}. Gray: 95 % intervals", 110)), fontsize="small")
     return figure
 

@@ -21,7 +21,7 @@ from benchmarks.servers import BUILD, ROOT
 from benchmarks.variants import VARIANTS
 
 WORKLOADS = {"chat": (512, 128), "mlperf": (778, 128), "retrieval": (2048, 128), "generation": (128, 1024)}
-GENERATIONS = 3.5  # Of requests that a cell sends beyond those that count: warm-up and cool-down
+GENERATIONS = 4  # Of requests that a cell sends beyond those that count: warm-up and cool-down
 
 
 def points_of(args: argparse.Namespace) -> list[dict]:

@@ -26,9 +26,9 @@ def finish(figure: plt.Figure, name: str, title: str, caption: str) -> plt.Figur
     return figure
 
 
-def setup_of(machine: Machine) -> str:
+def setup_of(machine: Machine, output_tokens: int = OUTPUT_TOKENS) -> str:
     versions = ", ".join(f"{label} {version(name)}" for label, name in (("Ray", "ray"), ("vLLM", "vllm")))
-    lengths = f"{INPUT_TOKENS} tokens in, {OUTPUT_TOKENS} out"
+    lengths = f"{INPUT_TOKENS} tokens in, {output_tokens} out"
     return f"{Path(machine.model).name} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
 
 
@@ -163,4 +163,5 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     )
     below.grid(alpha=0.3)
     title = f"{second_s:.0f} s after the load exceeded the target, a second replica ran"
-    return finish(figure, "autoscaling", title, f"{setup_of(machine)}, {4 * target} concurrent until then")
+    setup = setup_of(machine, 4 * OUTPUT_TOKENS)
+    return finish(figure, "autoscaling", title, f"{setup}, {4 * target} concurrent until then")

@@ -53,17 +53,22 @@ def sampled(interval_s: float = 2):
 
 
 def start_load(
-    name: str, tokenizer: str, concurrency: int, num_prompts: int, extra_body: dict | None = None
+    name: str,
+    tokenizer: str,
+    concurrency: int,
+    num_prompts: int,
+    extra_body: dict | None = None,
+    output_tokens: int = OUTPUT_TOKENS,
 ) -> subprocess.Popen:
     """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json.
 
-    Each request also has the fields of `extra_body`.
+    Each request also has the fields of `extra_body`, and its answer at most `output_tokens`.
     """
     Path(f"build/{name}.json").unlink(missing_ok=True)
     # Another seed each time: no prompt is found in the prefix cache.
     command = f"""vllm bench serve --backend openai-chat --base-url {URL} --endpoint /v1/chat/completions
         --model {MODEL_ID} --tokenizer {tokenizer} --dataset-name random
-        --input-len {INPUT_TOKENS} --output-len {OUTPUT_TOKENS} --num-prompts {num_prompts}
+        --input-len {INPUT_TOKENS} --output-len {output_tokens} --num-prompts {num_prompts}
         --max-concurrency {concurrency} --seed {time.time_ns() % 10**6} --temperature 0
         --metric-percentiles 50,99 --save-result --save-detailed --result-dir build --result-filename {name}.json"""
     with open(f"build/{name}.log", "w") as log:
@@ -134,7 +139,9 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
                 for index, load in enumerate(loads):
                     if concurrency and (load is None or load.poll() is not None):
                         prompts = (10 + 5 * index) * concurrency
-                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts)
+                        # Long answers: requests wait for the replica, and not for the clients, which count as idle.
+                        answer = dict(output_tokens=4 * OUTPUT_TOKENS)
+                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts, **answer)
                 if time.monotonic() > deadline_s:
                     raise TimeoutError(f"After {timeout_s} s of waiting: {timeline[-1]}")
                 timeline.append(read_metrics())
