@@ -90,6 +90,7 @@ def new_record(state: dict, server: dict, commit: str) -> dict:
         "engine_config",
         "kv_cache_tokens",
         "start_s",
+        "start_phases_s",
     )
     beside = [other["name"] for other in state["servers"] if other is not server]
     facts = {"server": server["name"], "beside": beside, "commit": commit, **state["facts"]}

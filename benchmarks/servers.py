@@ -32,6 +32,12 @@ LAUNCH_ENV = {  # As in the notebook's launch step
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
+STEPS = {  # Of an engine that starts: what it logs, with the seconds. engine_init holds the next two.
+    "model_loading": r"Model loading took [\d.]+ GiB memory and ([\d.]+) seconds",
+    "engine_init": r"init engine \(.*?\) took ([\d.]+) s",
+    "compilation": r"torch\.compile took ([\d.]+) s in total",
+    "graph_capture": r"Graph capturing finished in (\d+) secs",
+}
 # Each server has its own: HTTP, Ray, dashboard, Ray Client, Ray's agent, HAProxy's statistics and metrics, replicas.
 PORTS = (8000, 6379, 8265, 10001, 52365, 8404, 9101, 30000)
 
@@ -187,10 +193,26 @@ def answers(server: dict) -> bool:
     return False
 
 
+def phases(said: str, began: float) -> dict[str, float]:
+    """Seconds of a start by what a server logged: until its engine begins, and what the engine says of its own steps.
+
+    A step that it doesn't take, or find in a cache, isn't logged: without CUDA graphs, say.
+    """
+    found = {name: re.findall(pattern, said) for name, pattern in STEPS.items()}
+    steps = {name: float(seconds[-1]) for name, seconds in found.items() if seconds}
+    # The log's clock is local, and has no year.
+    times = re.findall(r"(\d\d-\d\d \d\d:\d\d:\d\d) \S+ Initializing a V1 LLM engine", said)
+    if times:
+        engine = time.mktime(time.strptime(f"{time.localtime(began).tm_year}-{times[0]}", "%Y-%m-%d %H:%M:%S"))
+        steps["until_engine"] = round(engine - began, 1)
+    return steps
+
+
 def describe(server: dict, index: int) -> None:
     """Note how long the start took, and what the engine has logged of itself."""
     server["start_s"] = round(time.time() - server["began"], 1)
     said = logs(server, index)
+    server["start_phases_s"] = phases(said, server["began"])
     found = re.findall(r"KV cache size: ([\d,]+) tokens", said)
     server["kv_cache_tokens"] = int(found[-1].replace(",", "")) if found else None
     config = re.findall(r"Initializing a V1 LLM engine .*? with config: (.+)", said)

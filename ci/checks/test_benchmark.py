@@ -1,10 +1,13 @@
 """What the benchmark computes from its records, against numbers that are known."""
 
+import time
+
 import numpy as np
 import pytest
 
 from benchmarks import records, table
 from benchmarks.run import parse, planned, requests_of
+from benchmarks.servers import phases
 from benchmarks.variants import VARIANTS, variant
 
 pytestmark = pytest.mark.section("The faster path")
@@ -98,3 +101,16 @@ def test_variants_join_from_left_to_right_and_unknown_ones_are_named():
     assert VARIANTS["default-path"]["env"]["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
     with pytest.raises(ValueError, match="'no-such' is not in benchmarks/variants.yaml"):
         variant("tutorial+no-such")
+
+
+def test_start_is_told_by_the_engines_steps():
+    """Of a log in the engine's words, which ci/tests/test_benchmark.py compares with a real one."""
+    began = time.mktime((2026, 11, 25, 23, 17, 46, 0, 0, -1))
+    log = """(EngineCore pid=1) INFO 11-25 23:17:56 [core.py:123] Initializing a V1 LLM engine (v0.29.0) with config: x
+        INFO 11-25 23:18:01 [gpu_model_runner.py:5472] Model loading took 14.99 GiB memory and 4.250000 seconds
+        INFO 11-25 23:18:20 [monitor.py:53] torch.compile took 17.30 s in total
+        INFO 11-25 23:18:30 [gpu_model_runner.py:7002] Graph capturing finished in 8 secs, took 0.61 GiB
+        INFO 11-25 23:18:31 [core.py:352] init engine (profile, create kv cache, warmup model) took 29.10 s"""
+    steps = {"model_loading": 4.25, "compilation": 17.3, "graph_capture": 8, "engine_init": 29.1, "until_engine": 10}
+    assert phases(log, began) == steps
+    assert phases("", began) == {}

@@ -49,6 +49,7 @@ NUMBERS = {
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
     "about-nodes": "127.0.0.1 503 200 1 100 15 30 60 75 120",
     "kubernetes-not-ready": "503",
+    "start-sooner": "16",  # GB of weights in 16 bits
     "updates": "1 100 2.60",  # max_surge_percent came with it
     "troubleshooting": "400 8192 429 3.1",  # Quoted messages and their statuses
 }
