@@ -1,5 +1,6 @@
 """Adapters from a bucket on this machine, beside the base model."""
 
+import json
 import os
 import re
 import sys
@@ -64,11 +65,11 @@ def cluster(cell, tmp_path_factory):
     assert_nothing_left(before)
 
 
-def say(asked: str, adapter: str = "") -> requests.Response:
+def say(asked: str, adapter: str = "", **fields) -> requests.Response:
     """Ask the base model, or an adapter."""
     model = f"{MODEL}:{adapter}" if adapter else MODEL
     body = {"model": model, "messages": [{"role": "user", "content": asked}], "temperature": 0, "max_tokens": 60}
-    return requests.post(f"{URL}/v1/chat/completions", json=body, timeout=120)
+    return requests.post(f"{URL}/v1/chat/completions", json=body | fields, timeout=120)
 
 
 def text(answer: requests.Response) -> str:
@@ -76,10 +77,22 @@ def text(answer: requests.Response) -> str:
     return answer.json()["choices"][0]["message"]["content"]
 
 
+def assert_calls(adapter: str = "") -> None:
+    """The model, or an adapter, answers with the call that it has to make."""
+    city = {"type": "object", "properties": {"city": {"enum": ["Paris"]}}, "required": ["city"]}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": city}}
+    answer = say("What is the weather in Paris?", adapter, tools=[tool], tool_choice="required")
+    assert answer.status_code == 200, answer.text
+    [call] = answer.json()["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "get_weather" and json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+
+
 @pytest.mark.parametrize("app", ["ci.tests.one_adapter_app:app", "tiny_llama.serve_with_adapters:app"])
 def test_each_adapter_answers_in_its_way_beside_the_model(cluster, app):
-    """The first app has room for one adapter, so that the two take turns."""
+    """The first app has room for one adapter, so that the two take turns, and tools."""
     cluster.deploy(app)
+    for adapter in ("", *ANSWERS) if "one_adapter" in app else ():
+        assert_calls(adapter)
     for _ in range(2):
         assert text(say("Hello")) == BASE
         for adapter, answers in ANSWERS.items():
