@@ -19,18 +19,35 @@ myst_heading_anchors = 4
 html_theme = "pydata_sphinx_theme"
 html_sidebars = {"**": []}
 html_show_sourcelink = False
-html_theme_options = {"show_toc_level": 2, "secondary_sidebar_items": ["page-toc"], "navbar_end": ["theme-switcher"]}
+html_theme_options = {
+    "header_links_before_dropdown": 6,
+    "navbar_end": ["theme-switcher"],
+    "navbar_persistent": ["search-button"],
+    "secondary_sidebar_items": ["page-toc"],
+    "show_toc_level": 2,
+}
 html_context = {"default_mode": "auto"}
 
 
+MENU = """
+```{toctree}
+:hidden:
+
+Executed notebook <notebook>
+Beyond chat <beyond_chat>
+More machines <next_steps>
+Troubleshooting <TROUBLESHOOTING>
+Benchmarks <benchmarks/README>
+Security <SECURITY>
+```
+"""
+
+
 def prepare(app, docname: str, source: list[str]) -> None:
-    """Show the notebook as the records' runs left it. No page is in a table of contents: each is linked instead."""
-    if docname == "next_steps":
-        return
-    if docname not in ("notebook", "beyond_chat"):
-        # Notebooks have this in their metadata. In README.md, GitHub would show it as a table.
-        source[0] = f"---\norphan: true\n---\n{source[0]}"
-    else:
+    """Show the notebooks as the records' runs left them, and a menu of the pages. GitHub would show that as code."""
+    if docname == root_doc:
+        source[0] += MENU
+    elif docname in ("notebook", "beyond_chat"):
         notebook = nbformat.reads(source[0], as_version=4)
         notebook.cells = record.with_outputs(notebook)
         source[0] = nbformat.writes(notebook)

@@ -7,6 +7,7 @@ import shutil
 import threading
 
 import pytest
+import requests
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
@@ -88,6 +89,16 @@ def test_contents_are_complete_and_anchors_resolve(page):
     anchors = page.execute_script("return [...document.querySelectorAll('a[href^=\"#\"]')].map(a => a.hash.slice(1))")
     broken = [a for a in anchors if a and not page.find_elements(By.ID, a)]
     assert len(anchors) > PAGES[page.name_of_page] and not broken, f"Links to anchors that aren't there: {broken}"
+
+
+@needs_chromium
+def test_menu_leads_to_each_page(page, site):
+    links = page.execute_script(
+        "return [...document.querySelectorAll('.navbar-header-items__center a')].map(a => a.href)"
+    )
+    names = ["notebook", "beyond_chat", "next_steps", "TROUBLESHOOTING", "benchmarks/README", "SECURITY"]
+    assert [link.rstrip("#") for link in links] == [f"{site}/{name}.html" for name in names]
+    assert all(requests.get(link, timeout=10).ok for link in links)
 
 
 @needs_chromium
