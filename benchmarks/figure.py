@@ -68,6 +68,9 @@ def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.8 * len(rows)), sharey=True, layout="constrained")
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
         for number, row in enumerate(rows):
+            if metric == "output_tok_s" and row.load[0]:
+                axis.text(0, 3 * number + 0.5, " as many as clients ask for", va="center")
+                continue
             for y, cells, color in zip((3 * number, 3 * number + 1), row.pair, COLORS, strict=True):
                 one = records.estimate(cells, metric)
                 low, high = one.interval or (one.value, one.value)
