@@ -109,6 +109,12 @@ def test_tables_of_the_records_are_theirs():
         first_token = (sitting, load, said("ttft_p50_ms"), said("ttft_p99_ms"))
         found += [throughput if len(found) < 7 else first_token]
     assert len(rows) == 11
+    machine = [
+        sorted(fmean(c["cores"]["machine"] for c in r["cells"] if records.label(c["point"]) == p) for p in points)
+        for r, points in ((r, records.by_point(r)) for r in records.read(records.RESULTS / "h200-vllm-serve").values())
+    ]
+    said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
+    assert said.format(*(cores for one in machine for cores in (one[0], one[-1]))) in text.replace("\n", " ")
     assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
 
 
