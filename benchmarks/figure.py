@@ -16,7 +16,7 @@ IMAGES = Path(__file__).parent.parent / "images"
 PAGE, PREVIEW = IMAGES / "comparison.png", IMAGES / "social-preview.png"
 DPI = 120
 ON_PAGE = ("h200-default-path", "h200-vllm-serve")
-NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's default path"}
+NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's defaults"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
 COLORS = "black", "tab:orange"  # Different in grey, too
 SATURATED = (0, 256)  # Left out of the page's: requests wait there, and how long is chance
@@ -31,45 +31,47 @@ class Row:
     lengths: str
     setup: str
     date: str
-    other: str
+    names: list[str]
     pair: list[dict[int, records.Steady]]  # This app's, and the other's
 
 
 def rows_of(folder: Path) -> list[Row]:
-    """A row for each point that both servers of a sitting have."""
-    found = records.read(folder)
+    """A row for each point that both servers of a sitting have. The tutorial, as it is or changed, comes first."""
+    found = sorted(records.read(folder).values(), key=lambda one: ("tutorial" not in one["server"], len(one["server"])))
     if len(found) != 2:
         return []
-    ours, theirs = sorted(found.values(), key=lambda record: "tutorial" not in record["server"])
-    both, rows = (records.by_point(ours), records.by_point(theirs)), {}
-    setup = "{model}, {weights} weights, {hardware}, Ray {versions[ray]}, vLLM {versions[vllm]}".format(**ours)
-    for cell in ours["cells"]:
+    both, rows = [records.by_point(record) for record in found], {}
+    names = [NAMES.get(record["server"], record["server"]) for record in found]
+    setup = "{model}, {weights} weights, {hardware}, Ray {versions[ray]}, vLLM {versions[vllm]}".format(**found[0])
+    for cell in found[0]["cells"]:
         point, label = cell["point"], records.label(cell["point"])
         if all(label in points for points in both):
             load = point.get("rate", 0), point.get("concurrency", 0)
             lengths = "{input_len} tokens in, {output_len} out".format(**point)
-            name, other = label.removeprefix("chat, "), NAMES.get(theirs["server"], theirs["server"])
-            rows[label] = Row(load, name, lengths, setup, ours["date"], other, [points[label] for points in both])
-    return list(rows.values())
+            pair = [points[label] for points in both]
+            rows[label] = Row(load, label.removeprefix("chat, "), lengths, setup, found[0]["date"], names, pair)
+    return sorted(rows.values(), key=lambda row: row.load)
 
 
-def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
-    """Two bars for each sitting and point, with 95 % intervals in gray. Those of the folder `yours` are called so.
+def rows_of_page() -> list[Row]:
+    """The rows of Figure 1."""
+    rows = [row for name in ON_PAGE for row in rows_of(records.RESULTS / name) if row.load != SATURATED]
+    return sorted(rows, key=lambda row: row.load)
 
-    Raises ValueError when no sitting has two servers.
+
+def draw(rows: list[Row], yours: list[Row] = ()) -> plt.Figure:
+    """Two bars for each row, with 95 % intervals in gray. Those of the reader, `yours`, come first and are called so.
+
+    Raises ValueError when there is none: no sitting has two servers.
     """
-    rows = [row for folder in folders if folder != yours for row in rows_of(folder) if row.load != SATURATED]
-    rows = sorted(rows, key=lambda row: row.load)
-    if yours:
-        rows = sorted(rows_of(yours), key=lambda row: row.load) + rows
-    own = len(rows_of(yours)) if yours else 0
+    own, rows = len(yours), [*yours, *rows]
     if not rows:
         raise ValueError("A figure needs a sitting with two servers")
     figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.8 * len(rows)), sharey=True, layout="constrained")
     for axis, (metric, title) in zip(axes, PANELS.items(), strict=True):
         for number, row in enumerate(rows):
             if metric == "output_tok_s" and row.load[0]:
-                axis.text(0, 3 * number + 0.5, " as many as clients ask for", va="center")
+                axis.text(0, 3 * number + 0.5, " set by the clients", va="center")
                 continue
             for y, cells, color in zip((3 * number, 3 * number + 1), row.pair, COLORS, strict=True):
                 one = records.estimate(cells, metric)
@@ -87,7 +89,7 @@ def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
     for number, row in enumerate(rows):
         point = f" {'Yours: ' * (number < own)}{row.point}{', ' + row.lengths if len(lengths) > 1 else ''}"
         axes[0].text(0, 3 * number - 0.6, point, va="bottom", fontweight="bold")
-    names = [name for row in rows for name in (NAMES["tutorial"], row.other)]
+    names = [name for row in rows for name in row.names]
     axes[0].set_yticks([3 * number + y for number in range(len(rows)) for y in (0, 1)], names)
     axes[0].set_ylim(3 * len(rows) - 1.2, -1.4)
     said = [*dict.fromkeys(row.setup for row in rows), *(lengths if len(lengths) == 1 else ())]
@@ -98,7 +100,8 @@ def draw(folders: list[Path], yours: Path | None = None) -> plt.Figure:
 
 def preview() -> plt.Figure:
     """What a link to the repository shows: 1280 by 640 pixels, as GitHub asks, with nothing near the edges."""
-    figure = draw([records.RESULTS / name for name in ON_PAGE])
+    with plt.rc_context({"font.size": 13}):
+        figure = draw([row for row in rows_of_page() if row.load == (0, 128)])
     figure.set_size_inches(1280 / DPI, 640 / DPI)
     figure.get_layout_engine().set(rect=(0.04, 0.04, 0.92, 0.84))
     figure.suptitle("Deploy Llama-3.1-8B with Ray Serve LLM", fontsize=24, fontweight="bold", y=0.95)
@@ -112,11 +115,11 @@ def save(figure: plt.Figure, file: Path) -> None:
 
 def show(folder: Path) -> None:
     """Draw a sitting above those of the page, and print where the figure is."""
-    if rows_of(folder):
-        save(draw([folder, *(records.RESULTS / name for name in ON_PAGE)], folder), folder / "comparison.png")
+    if yours := rows_of(folder):
+        save(draw(rows_of_page(), yours), folder / "comparison.png")
         print(f"\nBeside the records of the page: {folder / 'comparison.png'}")
 
 
 if __name__ == "__main__":
-    save(draw([records.RESULTS / name for name in ON_PAGE]), PAGE)
+    save(draw(rows_of_page()), PAGE)
     save(preview(), PREVIEW)

@@ -32,7 +32,7 @@ LAUNCH_ENV = {  # As in the notebook's launch step
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
     "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
 }
-STEPS = {  # Of an engine that starts: what it logs, with the seconds. engine_init holds the next two.
+STEPS = {  # Of an engine that starts: what it logs, with the seconds. engine_init includes the next two.
     "model_loading": r"Model loading took [\d.]+ GiB memory and ([\d.]+) seconds",
     "engine_init": r"init engine \(.*?\) took ([\d.]+) s",
     "compilation": r"torch\.compile took ([\d.]+) s in total",
@@ -196,14 +196,14 @@ def answers(server: dict) -> bool:
 def phases(said: str, began: float) -> dict[str, float]:
     """Seconds of a start by what a server logged: until its engine begins, and what the engine says of its own steps.
 
-    A step that it doesn't take, or find in a cache, isn't logged: without CUDA graphs, say.
+    A step that it doesn't take, or whose result it finds in a cache, isn't logged: without CUDA graphs, say.
     """
     found = {name: re.findall(pattern, said) for name, pattern in STEPS.items()}
     steps = {name: float(seconds[-1]) for name, seconds in found.items() if seconds}
-    # The log's clock is local, and has no year.
+    # The log's clock is local, and has no year. The last, as above: an engine may start again.
     times = re.findall(r"(\d\d-\d\d \d\d:\d\d:\d\d) \S+ Initializing a V1 LLM engine", said)
     if times:
-        engine = time.mktime(time.strptime(f"{time.localtime(began).tm_year}-{times[0]}", "%Y-%m-%d %H:%M:%S"))
+        engine = time.mktime(time.strptime(f"{time.localtime(began).tm_year}-{times[-1]}", "%Y-%m-%d %H:%M:%S"))
         steps["until_engine"] = round(engine - began, 1)
     return steps
 

@@ -62,7 +62,7 @@ def start_load(
 ) -> subprocess.Popen:
     """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json.
 
-    Each request also has the fields of `extra_body`, and its answer at most `output_tokens`.
+    Each answer has `output_tokens`, and each request also the fields of `extra_body`.
     """
     Path(f"build/{name}.json").unlink(missing_ok=True)
     # Another seed each time: no prompt is found in the prefix cache.
@@ -139,9 +139,9 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
                 for index, load in enumerate(loads):
                     if concurrency and (load is None or load.poll() is not None):
                         prompts = (10 + 5 * index) * concurrency
-                        # Long answers: requests wait for the replica, and not for the clients, which count as idle.
-                        answer = dict(output_tokens=4 * OUTPUT_TOKENS)
-                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts, **answer)
+                        # Short answers would leave the replica idle while clients prepare the next requests.
+                        long = {"output_tokens": 4 * OUTPUT_TOKENS}
+                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts, **long)
                 if time.monotonic() > deadline_s:
                     raise TimeoutError(f"After {timeout_s} s of waiting: {timeline[-1]}")
                 timeline.append(read_metrics())

@@ -20,7 +20,7 @@ MEASURED = re.compile(
     r"|\w+(?: times|fold) (?:as|slower|faster|longer|shorter|higher|lower|more|less)\b|twice as \w+|half as \w+"
 )
 SERVERS = {
-    "default path": "default-path",
+    "Ray Serve's defaults": "default-path",
     "`vllm serve`": "vllm-serve",
     "`stream_interval=1`": "tutorial+stream-interval-1",
 }
@@ -94,12 +94,13 @@ def test_tables_of_the_records_are_theirs():
         pair = [measured.pop("tutorial"), *measured.values()]
         point = f"chat, {load}" if "requests" in load else f"chat, {load} concurrent"
         both = [records.by_point(record)[point] for record in pair]
+        both = [{n: one[n] for n in both[0].keys() & both[1].keys()} for one in both]  # As for the ratio
 
         def said(metric, both=both):
             one, other = (records.estimate(cells, metric).value for cells in both)
             ratio = records.ratio(*both, metric)
             few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
-            return f"{one:,.0f} / {other:,.0f}: {ratio.value:.2f} ({'{:.2f} to {:.2f}'.format(*ratio.interval)}){few}"
+            return f"{one:,.0f} / {other:,.0f}: {ratio.value:.3f} ({'{:.3f} to {:.3f}'.format(*ratio.interval)}){few}"
 
         cores = [
             fmean(c["cores"]["replica or API server"] for c in record["cells"] if records.label(c["point"]) == point)
@@ -108,18 +109,27 @@ def test_tables_of_the_records_are_theirs():
         throughput = (sitting, load, said("output_tok_s"), "{:.2f} / {:.2f}".format(*cores))
         first_token = (sitting, load, said("ttft_p50_ms"), said("ttft_p99_ms"))
         found += [throughput if len(found) < 7 else first_token]
-    assert len(rows) == 11
+    assert len(rows) == 12
     machine = [
         sorted(fmean(c["cores"]["machine"] for c in r["cells"] if records.label(c["point"]) == p) for p in points)
         for r, points in ((r, records.by_point(r)) for r in records.read(records.RESULTS / "h200-vllm-serve").values())
     ]
     said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
     assert said.format(*(cores for one in machine for cores in (one[0], one[-1]))) in text.replace("\n", " ")
+    gaps = "The median gap between two chunks is {} to {} ms at 128 concurrent requests and {} to {} ms at 256, "
+    gaps += "in place of {} to {} ms and {} to {} ms"
+    found_gaps = []
+    for server in ("tutorial", "tutorial+stream-interval-1"):
+        cells = [c for file in records.RESULTS.glob(f"*/{server}.json") for c in json.loads(file.read_text())["cells"]]
+        for concurrency in (128, 256):
+            ms = [c["chunk_gap_ms"]["p50"] for c in cells if c["point"].get("concurrency") == concurrency]
+            found_gaps += [round(min(ms)), round(max(ms))]
+    assert gaps.format(*found_gaps) in text.replace("\n", " "), found_gaps
     assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
 
 
 def test_first_figure_is_drawn_from_the_records(tmp_path, cell):
-    drawn = {figure.PAGE: figure.draw([records.RESULTS / name for name in figure.ON_PAGE])}
+    drawn = {figure.PAGE: figure.draw(figure.rows_of_page())}
     for kept, picture in {**drawn, figure.PREVIEW: figure.preview()}.items():
         figure.save(picture, tmp_path / kept.name)
         assert (tmp_path / kept.name).read_bytes() == kept.read_bytes(), f"Run `make record`: {kept.name}"

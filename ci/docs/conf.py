@@ -1,4 +1,4 @@
-"""Sphinx' settings for the docs page, README.md and the executed notebook each as one page: `make docs`."""
+"""Sphinx' settings for the docs pages: `make docs`."""
 
 import sys
 from pathlib import Path

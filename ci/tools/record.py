@@ -179,6 +179,8 @@ if __name__ == "__main__":
     if args.take:
         if not (args.name and args.on and args.commit):
             parser.error("--take needs --name, --on and --commit")
+        if re.search(r"\d{4}-\d\d-\d\d", args.on):
+            parser.error("--on needs no date: the run's own is added")
         take(args.take, args.name, args.on, args.commit)
     notebooks = {name: nbformat.read(ROOT / name, as_version=4) for name in NOTEBOOKS}
     for name, notebook in notebooks.items():
