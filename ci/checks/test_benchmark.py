@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import records, table
+from benchmarks import figure, records, table
 from benchmarks.run import parse, planned, requests_of
 from benchmarks.servers import phases
 from benchmarks.variants import VARIANTS, variant
@@ -114,3 +114,22 @@ def test_start_is_told_by_the_engines_steps():
     steps = {"model_loading": 4.25, "compilation": 17.3, "graph_capture": 8, "engine_init": 29.1, "until_engine": 10}
     assert phases(log, began) == steps
     assert phases("", began) == {}
+
+
+@pytest.mark.parametrize(
+    "servers, names",
+    [
+        (["default-path", "tutorial"], ["this app", "Ray Serve's defaults"]),
+        (["tutorial", "tutorial+stream-interval-1"], ["this app", "tutorial+stream-interval-1"]),
+        (["tutorial+fp8", "vllm-serve+fp8"], ["tutorial+fp8", "vllm-serve+fp8"]),
+    ],
+)
+def test_figure_names_what_was_measured(tmp_path, servers, names):
+    head = {"model": "a model", "weights": "random", "hardware": "a GPU", "date": "2026-11-25"}
+    cell = closed_loop(latency_ms=1100, ttft_ms=100, concurrency=4, rounds=30) | {"repetition": 0}
+    cell["point"] |= {"input_len": 512, "output_len": 11}
+    for server in servers:
+        record = {"server": server, **head, "versions": {"ray": "2.60.0", "vllm": "0.29.0"}, "cells": [cell]}
+        records.write(tmp_path / f"{server}.json", record)
+    [row] = figure.rows_of(tmp_path)
+    assert row.names == names and row.load == (0, 4) and row.lengths == "512 tokens in, 11 out"
