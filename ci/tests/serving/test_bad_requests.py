@@ -145,8 +145,8 @@ def test_requests_made_from_the_servers_own_description_get_no_server_error(serv
         send()
     print("Requests by outcome:", dict(outcomes))
     few = "Fewer requests or answers than before, so look what the server no longer describes"
-    # Hypothesis also draws from constants in the code around it, so each version of the tests has other counts: 45 to 77
-    # answers were seen. Without a body that fits, fewer than 10 would be.
+    # Hypothesis also draws from constants in the code around it, so each version of the tests has other counts: 45 to
+    # 77 answers were seen. Without a body that fits, fewer than 10 would be.
     assert sum(outcomes.values()) > 200 and outcomes[200] > 20, f"{few}: {dict(outcomes)}"
     print("Failed:", failed)
     unknown = {path: found - KNOWN.get(path, set()) for path, found in failed.items()}
