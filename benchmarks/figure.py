@@ -4,6 +4,7 @@ Usage: python -m benchmarks.figure  (writes Figure 1 of the page and the social 
 """
 
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ ON_PAGE = ("h200-default-path", "h200-vllm-serve")
 NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's defaults"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
 COLORS = "black", "tab:orange"  # Different in grey, too
-SATURATED = (0, 256)  # Left out of the page's: requests wait there, and how long is chance
+SATURATED = (0, 256)  # Left out of the page's: more requests than are worth their wait
 
 
 @dataclass
@@ -59,7 +60,7 @@ def rows_of_page() -> list[Row]:
     return sorted(rows, key=lambda row: row.load)
 
 
-def draw(rows: list[Row], yours: list[Row] = ()) -> plt.Figure:
+def draw(rows: list[Row], yours: Sequence[Row] = ()) -> plt.Figure:
     """Two bars for each row, with 95 % intervals in gray. Those of the reader, `yours`, come first and are called so.
 
     Raises ValueError when there is none: no sitting has two servers.

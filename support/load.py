@@ -65,7 +65,7 @@ def start_load(
     Each answer has `output_tokens`, and each request also the fields of `extra_body`.
     """
     Path(f"build/{name}.json").unlink(missing_ok=True)
-    # Another seed each time: no prompt is found in the prefix cache.
+    # Another seed each time: no prompt is found in the prefix cache, but for the stand-in with its few tokens.
     command = f"""vllm bench serve --backend openai-chat --base-url {URL} --endpoint /v1/chat/completions
         --model {MODEL_ID} --tokenizer {tokenizer} --dataset-name random
         --input-len {INPUT_TOKENS} --output-len {output_tokens} --num-prompts {num_prompts}
@@ -138,10 +138,10 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
             while not timeline or not until(timeline[-1]):
                 for index, load in enumerate(loads):
                     if concurrency and (load is None or load.poll() is not None):
-                        prompts = (10 + 5 * index) * concurrency
+                        name, prompts = f"autoscale-{index}", (10 + 5 * index) * concurrency
                         # Short answers would leave the replica idle while clients prepare the next requests.
-                        long = {"output_tokens": 4 * OUTPUT_TOKENS}
-                        loads[index] = start_load(f"autoscale-{index}", tokenizer, concurrency // 2, prompts, **long)
+                        long = 4 * OUTPUT_TOKENS
+                        loads[index] = start_load(name, tokenizer, concurrency // 2, prompts, output_tokens=long)
                 if time.monotonic() > deadline_s:
                     raise TimeoutError(f"After {timeout_s} s of waiting: {timeline[-1]}")
                 timeline.append(read_metrics())

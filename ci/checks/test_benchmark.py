@@ -104,7 +104,7 @@ def test_variants_join_from_left_to_right_and_unknown_ones_are_named():
 
 
 def test_start_is_told_by_the_engines_steps():
-    """Of a log in the engine's words, which ci/tests/test_benchmark.py compares with a real one."""
+    """Of a log in the engine's words. ci/tests/test_benchmark.py finds the first and the last in a real one."""
     began = time.mktime((2026, 11, 25, 23, 17, 46, 0, 0, -1))
     log = """(EngineCore pid=1) INFO 11-25 23:17:56 [core.py:123] Initializing a V1 LLM engine (v0.29.0) with config: x
         INFO 11-25 23:18:01 [gpu_model_runner.py:5472] Model loading took 14.99 GiB memory and 4.250000 seconds

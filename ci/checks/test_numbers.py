@@ -85,47 +85,63 @@ def test_each_number_is_said_of_the_server_that_was_measured(cell):
     assert len(rows) == 3
 
 
-def test_tables_of_the_records_are_theirs():
-    """benchmarks/README.md, "What the records show": both servers, ratio, interval, and the CPU of the replica."""
-    text, found = (ROOT / "benchmarks" / "README.md").read_text(), []
-    rows = re.findall(r"^\| `([\w-]+)` \| ([\w /]+) \| (.+: .+) \| (.+) \|$", text, flags=re.M)
-    for sitting, load, *_ in rows:
-        measured = records.read(records.RESULTS / sitting)
-        pair = [measured.pop("tutorial"), *measured.values()]
-        point = f"chat, {load}" if "requests" in load else f"chat, {load} concurrent"
-        both = [records.by_point(record)[point] for record in pair]
-        both = [{n: one[n] for n in both[0].keys() & both[1].keys()} for one in both]  # As for the ratio
+@pytest.fixture(scope="module")
+def guide():
+    """benchmarks/README.md"""
+    return (ROOT / "benchmarks" / "README.md").read_text()
 
-        def said(metric, both=both):
-            one, other = (records.estimate(cells, metric).value for cells in both)
-            ratio = records.ratio(*both, metric)
-            few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
-            return f"{one:,.0f} / {other:,.0f}: {ratio.value:.3f} ({'{:.3f} to {:.3f}'.format(*ratio.interval)}){few}"
 
-        cores = [
-            fmean(c["cores"]["replica or API server"] for c in record["cells"] if records.label(c["point"]) == point)
-            for record in pair
-        ]
-        throughput = (sitting, load, said("output_tok_s"), "{:.2f} / {:.2f}".format(*cores))
-        first_token = (sitting, load, said("ttft_p50_ms"), said("ttft_p99_ms"))
-        found += [throughput if len(found) < 7 else first_token]
+def said_of(pair: list[dict], metric: str) -> str:
+    """A metric of two servers at one point, from the repetitions that both have, and its ratio."""
+    shared = pair[0].keys() & pair[1].keys()
+    one, other = (records.estimate({n: cells[n] for n in shared}, metric).value for cells in pair)
+    ratio = records.ratio(*pair, metric)
+    few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
+    return "{:,.0f} / {:,.0f}: {:.3f} ({:.3f} to {:.3f})".format(one, other, ratio.value, *ratio.interval) + few
+
+
+def cores_of(record: dict, point: str, kind: str) -> float:
+    return fmean(cell["cores"][kind] for cell in record["cells"] if records.label(cell["point"]) == point)
+
+
+def test_tables_of_the_records_are_theirs(guide):
+    """ "What the records show": both servers, ratio, interval, and the CPU of the replica."""
+    tables = guide.partition("| Sitting | Concurrent |")[2].split("| Sitting | Load |")
+    rows, found = [], []
+    for number, table in enumerate(tables):
+        for row in re.findall(r"^\| `([\w-]+)` \| ([\w /]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
+            sitting, load, *_ = row
+            measured = records.read(records.RESULTS / sitting)
+            servers = [measured.pop("tutorial"), *measured.values()]
+            point = f"chat, {load}" if "requests" in load else f"chat, {load} concurrent"
+            pair = [records.by_point(record)[point] for record in servers]
+            cores = "{:.2f} / {:.2f}".format(*(cores_of(record, point, "replica or API server") for record in servers))
+            first_token = said_of(pair, "ttft_p50_ms"), said_of(pair, "ttft_p99_ms")
+            rows.append(row)
+            found.append((sitting, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
     assert len(rows) == 12
-    machine = [
-        sorted(fmean(c["cores"]["machine"] for c in r["cells"] if records.label(c["point"]) == p) for p in points)
-        for r, points in ((r, records.by_point(r)) for r in records.read(records.RESULTS / "h200-vllm-serve").values())
-    ]
+    assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
+
+
+def test_cores_of_the_machine_are_those_of_the_records(guide):
+    found = []
+    for record in records.read(records.RESULTS / "h200-vllm-serve").values():
+        cores = [cores_of(record, point, "machine") for point in records.by_point(record)]
+        found += [min(cores), max(cores)]
     said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
-    assert said.format(*(cores for one in machine for cores in (one[0], one[-1]))) in text.replace("\n", " ")
-    gaps = "The median gap between two chunks is {} to {} ms at 128 concurrent requests and {} to {} ms at 256, "
-    gaps += "in place of {} to {} ms and {} to {} ms"
-    found_gaps = []
+    assert said.format(*found) in guide.replace("\n", " ")
+
+
+def test_gaps_between_chunks_are_those_of_the_records(guide):
+    found = []
     for server in ("tutorial", "tutorial+stream-interval-1"):
         cells = [c for file in records.RESULTS.glob(f"*/{server}.json") for c in json.loads(file.read_text())["cells"]]
         for concurrency in (128, 256):
             ms = [c["chunk_gap_ms"]["p50"] for c in cells if c["point"].get("concurrency") == concurrency]
-            found_gaps += [round(min(ms)), round(max(ms))]
-    assert gaps.format(*found_gaps) in text.replace("\n", " "), found_gaps
-    assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
+            found += [round(min(ms)), round(max(ms))]
+    said = "The median gap between two chunks is {} to {} ms at 128 concurrent requests and {} to {} ms at 256, "
+    said += "in place of {} to {} ms and {} to {} ms"
+    assert said.format(*found) in guide.replace("\n", " ")
 
 
 def test_first_figure_is_drawn_from_the_records(tmp_path, cell):
