@@ -97,14 +97,20 @@ def new_record(state: dict, server: dict, commit: str) -> dict:
     return {**facts, **{name: server[name] for name in own if name in server}, "failures": [], "cells": []}
 
 
-def planned(points: list[dict], args: argparse.Namespace, count: int) -> list[tuple[int, dict, int]]:
+def planned(points: list[dict], args: argparse.Namespace, times: list[int]) -> list[tuple[int, dict, int]]:
     """(repetition, point, index of the server) of every cell. At each point the servers follow one another in an order
-    drawn from --seed: drift of the machine meets all alike."""
+    drawn from --seed: drift of the machine meets all alike. Each server has so many `times` the load."""
     order, plan = random.Random(args.seed), []
     for repetition in range(args.repetitions):
         for point in points:
-            plan += [(repetition, point, index) for index in order.sample(range(count), count)]
+            turns = order.sample(range(len(times)), len(times))
+            plan += [(repetition, scaled(point, times[index]), index) for index in turns]
     return plan
+
+
+def scaled(point: dict, times: int) -> dict:
+    """The point at so many times its load."""
+    return {name: value * times if name in ("concurrency", "rate") else value for name, value in point.items()}
 
 
 def has_room(point: dict, server: dict) -> bool:
@@ -122,6 +128,9 @@ def measure(args: argparse.Namespace) -> bool:
 
     began, state = time.monotonic(), servers.load_state()
     on_gpu, up = servers.gpu() is not None, state["servers"]
+    if unknown := set(args.servers) - {server["name"] for server in up}:
+        raise SystemExit(f"Not up: {', '.join(unknown)}. There are: {', '.join(server['name'] for server in up)}")
+    up = [server for server in up if not args.servers or server["name"] in args.servers]
     folder = Path(state["records"])
     folder.mkdir(parents=True, exist_ok=True)
     commit = args.commit or commit_of_checkout()
@@ -133,13 +142,15 @@ def measure(args: argparse.Namespace) -> bool:
     if any(record["commit"] != commit for record in ours):
         raise SystemExit(f"{folder} has records of another commit than {commit}.")
     wanted = points_of(args)
-    points = [point for point in wanted if all(has_room(point, server) for server in up)]
+    times = [servers.gpus(server) if args.per_gpu else 1 for server in up]
+    with_times = list(zip(up, times, strict=True))
+    points = [point for point in wanted if all(has_room(scaled(point, n), server) for server, n in with_times)]
     for point in wanted:
         if point not in points:
             print(f"Left out: {records.label(point)} doesn't fit into the KV cache")
     done = {(c["repetition"], records.label(c["point"]), i) for i, record in enumerate(ours) for c in record["cells"]}
-    plan = [p for p in planned(points, args, len(up)) if (p[0], records.label(p[1]), p[2]) not in done]
-    clients = Clients(max(map(clients_for, points), default=1))
+    plan = [p for p in planned(points, args, times) if (p[0], records.label(p[1]), p[2]) not in done]
+    clients = Clients(max((clients_for(point) for _, point, _ in plan), default=1))
     if plan and not done:
         heaviest = max(points, key=lambda point: requests_of(point, args, on_gpu))
         for server in up:
@@ -182,7 +193,8 @@ def report(name: str, cell: dict, took_s: float) -> None:
 def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=["all", "start", "measure", "table", "stop"], help="all: each in turn")
-    parser.add_argument("servers", nargs="*", help=f"one or two of {', '.join(VARIANTS)}; or several joined by +")
+    names = f"of {', '.join(VARIANTS)}; or several joined by +; measure: those that are up, unless named"
+    parser.add_argument("servers", nargs="*", help=names)
     parser.add_argument("--sitting", help="name of the folder for the records (default: machine, date and time)")
     parser.add_argument("--results", type=Path, default=BUILD / "results", help="where that folder is made")
     parser.add_argument("--commit", help="the commit that is measured (default: ask git)")
@@ -196,6 +208,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--request-rate", type=float, nargs="*", default=[], help="requests per second, Poisson arrivals"
+    )
+    parser.add_argument("--per-gpu", action="store_true", help="this load for each GPU that a server has")
+    parser.add_argument(
+        "--kv-gib", type=float, default=servers.KV_GIB, help="KV cache of each server that shares a GPU"
     )
     parser.add_argument("--repetitions", type=int, default=5, help="rounds in which the servers take turns")
     parser.add_argument(
@@ -218,7 +234,9 @@ def main() -> None:
     if args.step in ("all", "start"):
         announce(args)
         try:
-            servers.start(args.servers, args.sitting, args.results, args.random_weights, args.start_limit_s)
+            servers.start(
+                args.servers, args.sitting, args.results, args.random_weights, args.start_limit_s, args.kv_gib
+            )
         except BaseException:
             if servers.STATE.exists() and args.step == "all":
                 servers.stop()

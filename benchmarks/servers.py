@@ -22,8 +22,8 @@ from benchmarks.variants import merged, variant
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
 STATE = BUILD / "servers.json"
-KV_GIB = 40  # Of each of two servers on a GPU: 327,680 tokens, room for 256 requests of 1,280
-WEIGHTS_GIB, WORKING_GIB = 15, 6  # Llama-3.1-8B in 16 bits; activations, CUDA graphs and the CUDA context
+KV_GIB = 40  # Of each server that shares a GPU: 327,680 tokens, room for 256 requests of 1,280
+WEIGHTS_GIB, WORKING_GIB = 15, 4  # Llama-3.1-8B in 16 bits; activations, CUDA graphs and the CUDA context
 LAUNCH_ENV = {  # As in the notebook's launch step
     "RAY_AUTH_MODE": "token",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -38,8 +38,9 @@ STEPS = {  # Of an engine that starts: what it logs, with the seconds. engine_in
     "compilation": r"torch\.compile took ([\d.]+) s in total",
     "graph_capture": r"Graph capturing finished in (\d+) secs",
 }
-# Each server has its own: HTTP, Ray, dashboard, Ray Client, Ray's agent, HAProxy's statistics and metrics, replicas.
-PORTS = (8000, 6379, 8265, 10001, 52365, 8404, 9101, 30000)
+# Each server has its own: HTTP, Ray, dashboard, Ray Client, Ray's agent, HAProxy's statistics and metrics, replicas,
+# and the proxy that HAProxy falls back on, for HTTP and gRPC.
+PORTS = (8000, 6379, 8265, 10001, 52365, 8404, 9101, 30000, 8500, 9500)
 
 
 def gpu() -> tuple[str, float] | None:
@@ -51,6 +52,14 @@ def gpu() -> tuple[str, float] | None:
     return None
 
 
+def gpu_link() -> str | None:
+    """How the first two GPUs reach each other, in the words of `nvidia-smi topo -m`: NV18 are 18 NVLinks."""
+    with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
+        found = re.search(r"GPU0\s+X\s+(\w+)", subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True))
+        return found[1] if found else None
+    return None
+
+
 def cpu_model() -> str:
     """The host's CPU and the cores that this process may use."""
     names = re.findall(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
@@ -58,7 +67,7 @@ def cpu_model() -> str:
 
 
 def ports(index: int) -> list[int]:
-    """The ports of the server with this index (0 or 1)."""
+    """The ports of the server with this index, counted from 0."""
     return [port + (100 if port == 30000 else 1) * index for port in PORTS]
 
 
@@ -70,21 +79,20 @@ def check_ports(count: int) -> None:
                 raise SystemExit(f"Port {port} is taken. End what listens there first, the notebook's Ray say.")
 
 
-def memory_settings(count: int, gpu_gib: float | None) -> dict:
+def memory_settings(count: int, gpu_gib: float | None, kv_gib: float = KV_GIB) -> dict:
     """Engine settings that give each of `count` servers its share of the GPU. One by itself has the engine's default.
 
-    Raises SystemExit for more than two servers, or for two on a GPU that can't hold them with room for every request.
+    Raises SystemExit for a GPU that can't hold them, each with `kv_gib` of KV cache.
     """
-    if count > 2:
-        raise SystemExit("At most two servers share a GPU: with more, each has too little KV cache to measure load.")
     if count < 2 or gpu_gib is None:
         return {}
-    if 0.45 * gpu_gib < WEIGHTS_GIB + WORKING_GIB + KV_GIB:
+    needed = count * (WEIGHTS_GIB + WORKING_GIB + kv_gib) / 0.9
+    if gpu_gib < needed:
         raise SystemExit(
-            f"Two servers need {2 * (WEIGHTS_GIB + WORKING_GIB + KV_GIB) / 0.9:.0f} GiB of GPU memory, and this GPU "
-            f"has {gpu_gib:.0f}. Measure one at a time: make benchmark VARIANTS=tutorial"
+            f"{count} servers need {needed:.0f} GiB of GPU memory, and this GPU has {gpu_gib:.0f}. Measure one at a "
+            "time, make benchmark VARIANTS=tutorial, or give each less KV cache with --kv-gib"
         )
-    return {"kv_cache_memory_bytes": KV_GIB * 2**30, "gpu_memory_utilization": 0.45}
+    return {"kv_cache_memory_bytes": int(kv_gib * 2**30), "gpu_memory_utilization": 0.9 / count}
 
 
 def model_id(name: str) -> str:
@@ -131,11 +139,13 @@ def spawn_vllm(server: dict, changes: dict, engine_kwargs: dict, model: str) -> 
 def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
     """Start a Ray, and what deploys on it the app that env["BENCHMARK"] describes."""
     folder = f"/tmp/benchmark-{index}"
-    http, gcs, dashboard, client, agent, stats, metrics, replica = ports(index)
+    http, gcs, dashboard, client, agent, stats, metrics, replica, fallback, fallback_grpc = ports(index)
     env = {
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(fallback_grpc),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
         "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
@@ -208,13 +218,23 @@ def phases(said: str, began: float) -> dict[str, float]:
     return steps
 
 
+def replicas(server: dict) -> int:
+    """How many engines serve it."""
+    return server.get("deployment_config", {}).get("num_replicas", 1)
+
+
+def gpus(server: dict) -> int:
+    """How many GPUs its engines have."""
+    return replicas(server) * server["engine_kwargs"].get("tensor_parallel_size", 1)
+
+
 def describe(server: dict, index: int) -> None:
     """Note how long the start took, and what the engine has logged of itself."""
     server["start_s"] = round(time.time() - server["began"], 1)
     said = logs(server, index)
     server["start_phases_s"] = phases(said, server["began"])
     found = re.findall(r"KV cache size: ([\d,]+) tokens", said)
-    server["kv_cache_tokens"] = int(found[-1].replace(",", "")) if found else None
+    server["kv_cache_tokens"] = int(found[-1].replace(",", "")) * replicas(server) if found else None
     config = re.findall(r"Initializing a V1 LLM engine .*? with config: (.+)", said)
     server["engine_config"] = re.sub(r"'[^']*/[^']*'", "'MODEL'", config[-1]) if config else None
     print(
@@ -228,7 +248,8 @@ def wait_for_first_tokens(servers: list[dict], processes: list[list[subprocess.P
     while waiting:
         for index, server in list(waiting.items()):
             check_alive(server, index, processes[index])
-            if answers(server):
+            all_run = replicas(server) == 1 or processes[index][-1].poll() == 0  # One may answer before the others.
+            if all_run and answers(server):
                 describe(waiting.pop(index), index)
         if time.monotonic() > deadline:
             raise RuntimeError(f"No first token within {timeout_s:.0f} s from {[s['name'] for s in waiting.values()]}")
@@ -239,6 +260,7 @@ def facts(machine: tuple[str, float] | None, random_weights: bool) -> dict:
     """What a record says of where and with what it was measured."""
     return {
         "hardware": machine[0] if machine else "CPU",
+        "gpu_link": gpu_link(),
         "cpu": cpu_model(),
         "model": "Llama-3.1-8B" if machine else "the tiny stand-in",
         "weights": "random" if random_weights else "trained",
@@ -275,12 +297,20 @@ def start_one(index: int, name: str, ask: dict, settings: dict, model: str) -> t
         processes = spawn_vllm(server, changes, settings["engine_kwargs"], model)
     else:
         server |= {"deployment_config": settings["deployment_config"], "env": {**LAUNCH_ENV, **changes.get("env", {})}}
+        server["asked"] = ask
         processes = spawn_ray(server, index, {**server["env"], "BENCHMARK": json.dumps(ask)})
     return server | {"pid": processes[0].pid, "born": psutil.Process(processes[0].pid).create_time()}, processes
 
 
-def start(names: list[str], sitting: str | None, results: Path, random_weights: bool, timeout_s: float) -> None:
-    """Start one server for each name, at most two, wait for their first tokens, and write STATE.
+def start(
+    names: list[str],
+    sitting: str | None,
+    results: Path,
+    random_weights: bool,
+    timeout_s: float,
+    kv_gib: float = KV_GIB,
+) -> None:
+    """Start one server for each name, wait for their first tokens, and write STATE.
 
     Raises SystemExit for what is wrong with the request, RuntimeError when a server doesn't come up.
     """
@@ -289,7 +319,9 @@ def start(names: list[str], sitting: str | None, results: Path, random_weights: 
     machine = gpu()
     base = "serve_llama_3_1_8b" if machine else "tiny_llama.app"
     model = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct") if machine else "build/tiny-llama"
-    shared = memory_settings(len(names), machine and machine[1]) | ({"load_format": "dummy"} if random_weights else {})
+    shared = memory_settings(len(names), machine and machine[1], kv_gib) | (
+        {"load_format": "dummy"} if random_weights else {}
+    )
     check_ports(len(names))
     state = {"model": model, "facts": facts(machine, random_weights), "servers": []}
     state["records"] = str(records_folder(results, sitting, state["facts"]["hardware"]))

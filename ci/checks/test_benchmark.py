@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from benchmarks import figure, records, table
-from benchmarks.run import parse, planned, requests_of
-from benchmarks.servers import phases
+from benchmarks.run import parse, planned, points_of, requests_of
+from benchmarks.servers import gpus, memory_settings, phases
 from benchmarks.variants import VARIANTS, variant
+from support.machine import MEMORY_GIB
 
 pytestmark = pytest.mark.section("The faster path")
 
@@ -82,9 +83,28 @@ def test_table_puts_the_record_beside_what_was_measured():
 
 def test_servers_take_turns_in_an_order_of_their_own_at_each_point():
     args = parse(["measure", "--repetitions", "20", "--concurrency", "1", "128"])
-    plan = planned(["one", "other"], args, 2)
+    plan = planned(points_of(args), args, [1, 1])
     turns = [tuple(index for _, _, index in plan[i : i + 2]) for i in range(0, len(plan), 2)]
     assert len(plan) == 80 and set(turns) == {(0, 1), (1, 0)}
+
+
+def test_each_gpu_of_a_server_has_the_load():
+    args = parse(["measure", "--repetitions", "2", "--concurrency", "128", "--request-rate", "20"])
+    plan = planned(points_of(args), args, [1, 2])
+    loads = {(index, point.get("concurrency"), point.get("rate")) for _, point, index in plan}
+    assert loads == {(0, 128, None), (1, 256, None), (0, None, 20), (1, None, 40)}
+    one, two, spread = {"engine_kwargs": {}}, {"num_replicas": 2}, {"tensor_parallel_size": 2}
+    assert gpus(one) == 1 and gpus({**one, "deployment_config": two}) == 2 and gpus({"engine_kwargs": spread}) == 2
+
+
+@pytest.mark.parametrize("count, kv_gib, fit", [(2, 40, True), (3, 40, False), (3, 20, True), (4, 12, True)])
+def test_servers_share_a_gpu_that_holds_them(count, kv_gib, fit):
+    if fit:
+        shared = memory_settings(count, MEMORY_GIB["H200"], kv_gib)
+        assert shared["kv_cache_memory_bytes"] == kv_gib * 2**30 and shared["gpu_memory_utilization"] * count < 0.91
+    else:
+        with pytest.raises(SystemExit, match=f"{count} servers need 197 GiB .* --kv-gib"):
+            memory_settings(count, MEMORY_GIB["H200"], kv_gib)
 
 
 @pytest.mark.parametrize("concurrency, counted", [(1, 200), (32, 1500), (128, 1500), (256, 1500)])
