@@ -33,11 +33,6 @@ def build(settings: dict, router_hop: bool) -> serve.Application:
     return build_llm_deployment(llm_config, deployment_cls=serve.ingress()(LLMServer))
 
 
-def from_file(args: dict) -> serve.Application:
-    """The same for a Serve config file: `import_path: benchmarks.app:from_file`, with the question as `args`."""
-    return build(changed_settings(args["base"], args["llm_config"]), args["router_hop"])
-
-
 def connect(timeout_s: float = 120) -> None:
     """Connect to the Ray at RAY_ADDRESS. Raises Ray's error when it isn't up after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
@@ -58,6 +53,6 @@ if __name__ == "__main__":
         print(json.dumps([changed_settings(one["base"], one["llm_config"]) for one in asked], default=str))
     else:
         connect()  # First: the import of an app connects to Ray, too, where nothing has.
-        app = from_file(asked)
+        app = build(changed_settings(asked["base"], asked["llm_config"]), asked["router_hop"])
         serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
         serve.run(app)

@@ -220,7 +220,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the servers")
     parser.add_argument("--time-limit-s", type=float, help="measure: begin no cell that would end later than this")
     parser.add_argument("--start-limit-s", type=float, default=900, help="start: wait as long for the first tokens")
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)  # Names of servers may follow options.
     if args.step in ("all", "start") and not args.servers:
         machine = servers.gpu()
         both = machine is None or 0.45 * machine[1] >= servers.KV_GIB + servers.WEIGHTS_GIB + servers.WORKING_GIB

@@ -297,7 +297,6 @@ def start_one(index: int, name: str, ask: dict, settings: dict, model: str) -> t
         processes = spawn_vllm(server, changes, settings["engine_kwargs"], model)
     else:
         server |= {"deployment_config": settings["deployment_config"], "env": {**LAUNCH_ENV, **changes.get("env", {})}}
-        server["asked"] = ask
         processes = spawn_ray(server, index, {**server["env"], "BENCHMARK": json.dumps(ask)})
     return server | {"pid": processes[0].pid, "born": psutil.Process(processes[0].pid).create_time()}, processes
 

@@ -12,7 +12,7 @@ import ray
 import requests
 from prometheus_client.parser import text_string_to_metric_families
 
-from support.serving import MODEL_ID, URL, running_replicas
+from support.serving import MODEL_ID, URL, errors_in_logs, running_replicas
 
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 64
 
@@ -143,7 +143,7 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
                         long = 4 * OUTPUT_TOKENS
                         loads[index] = start_load(name, tokenizer, concurrency // 2, prompts, output_tokens=long)
                 if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"After {timeout_s} s of waiting: {timeline[-1]}")
+                    raise TimeoutError(f"After {timeout_s} s: {timeline[-1]}. Errors in the logs: {errors_in_logs()}")
                 timeline.append(read_metrics())
                 time.sleep(2)
         finally:

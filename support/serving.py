@@ -29,6 +29,9 @@ def start_ray(machine: Machine) -> tuple[subprocess.Popen | None, str]:
 
     Raises RuntimeError with Ray's own words when it doesn't start, ConnectionError when it isn't up after 90 s.
     """
+    if machine.app != STAND_IN and machine.replicas_that_fit > 1:
+        # vLLM 0.29 keeps the compiled code of one GPU, and a replica on another one of the same machine fails with it.
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
     ray_head = None if machine.ray_was_running else start_head()
     if ray_head:
         import ray.serve.llm  # noqa: F401  (takes as long as Ray's start, so do both at once)

@@ -1,6 +1,7 @@
 """How Ray starts, where the app listens, and what is ended, in the notebook and by hand in a terminal."""
 
 import json
+import os
 import re
 import sys
 import time
@@ -11,9 +12,11 @@ from ray import serve
 
 from ci.common import ROOT, run
 from support import serving
+from support.machine import STAND_IN, Machine
 from support.serving import FAST_PATH, choose_host
 
 pytestmark = pytest.mark.section("Launch")
+REAL = "serve_llama_3_1_8b:app"
 # Stands in for `ray`, and writes down how it was called.
 RECORDER = """\
 #!{python}
@@ -30,7 +33,8 @@ import support.machine, support.serving
 os.chdir({folder!r})
 sys.modules["ray.serve.llm"] = types.ModuleType("ray.serve.llm")
 support.serving.connect = lambda head: head.wait()
-machine = types.SimpleNamespace(ray_was_running=support.machine.ray_runs(on_anyscale=False) and False)
+support.machine.ray_runs(on_anyscale=False)
+machine = support.machine.Machine(support.machine.STAND_IN, "model", "2 CPU cores", 2, ray_was_running=False)
 exec({cell!r})
 print("host:", host)
 """
@@ -92,6 +96,19 @@ def test_ray_ends_with_the_notebook(tmp_path, monkeypatch):
     if not (tmp_path / "ended").exists():
         serving.os.kill(pid, 9)
         pytest.fail("The notebook's process ended, and Ray went on")
+
+
+@pytest.mark.section("Scale with the load")
+@pytest.mark.parametrize("app, gpus, off", [(REAL, 1, None), (REAL, 2, "1"), (STAND_IN, 2, None)])
+def test_gpus_of_one_machine_share_no_compiled_code(monkeypatch, app, gpus, off):
+    """What fails otherwise takes two GPUs, so it isn't provoked here: TROUBLESHOOTING.md quotes it."""
+    monkeypatch.delenv("VLLM_DISABLE_COMPILE_CACHE", raising=False)
+    seen = []
+    monkeypatch.setattr(serving, "start_head", lambda: seen.append(os.environ.get("VLLM_DISABLE_COMPILE_CACHE")))
+    monkeypatch.setattr(serving, "connect", lambda head: None)
+    monkeypatch.setattr(serving, "choose_host", lambda head: "127.0.0.1")
+    serving.start_ray(Machine(app, "model", "H200", gpus, ray_was_running=False))
+    assert seen == [off]
 
 
 @pytest.mark.section("Where it listens")

@@ -7,6 +7,7 @@ from statistics import fmean
 import pytest
 
 from benchmarks import figure, records
+from benchmarks.servers import gpus
 from ci.common import ROOT
 from support.machine import FIT_ON_H200, MEMORY_GIB
 
@@ -16,7 +17,7 @@ CITATION = re.compile(
     r"\(benchmarks/results/([\w-]+)/([\w+-]+)\.json \"(\w+) at (\d+)(?:, over ([\w+-]+))?\"\)"
 )
 MEASURED = re.compile(
-    r"\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
+    r"(?<![A-Z])\b\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
     r"|\w+(?: times|fold) (?:as|slower|faster|longer|shorter|higher|lower|more|less)\b|twice as \w+|half as \w+"
 )
 SERVERS = {
@@ -91,13 +92,14 @@ def guide():
     return (ROOT / "benchmarks" / "README.md").read_text()
 
 
-def said_of(pair: list[dict], metric: str) -> str:
-    """A metric of two servers at one point, from the repetitions that both have, and its ratio."""
+def said_of(pair: list[dict], metric: str, digits: int = 0) -> str:
+    """A metric of two servers, from the repetitions that both have, and its ratio."""
     shared = pair[0].keys() & pair[1].keys()
     one, other = (records.estimate({n: cells[n] for n in shared}, metric).value for cells in pair)
     ratio = records.ratio(*pair, metric)
     few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
-    return "{:,.0f} / {:,.0f}: {:.3f} ({:.3f} to {:.3f})".format(one, other, ratio.value, *ratio.interval) + few
+    said = f"{one:,.{digits}f} / {other:,.{digits}f}: "
+    return said + "{:.3f} ({:.3f} to {:.3f})".format(ratio.value, *ratio.interval) + few
 
 
 def cores_of(record: dict, point: str, kind: str) -> float:
@@ -121,6 +123,26 @@ def test_tables_of_the_records_are_theirs(guide):
             found.append((sitting, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
     assert len(rows) == 12
     assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
+
+
+def test_table_of_two_gpus_is_that_of_its_record(guide):
+    servers = {"two replicas": "tutorial+two-replicas", "one replica": "tutorial+stream-interval-4"}
+    servers["tensor parallel"] = "tensor-parallel-2+no-multicast"
+    measured = {n: records.by_point(one) for n, one in records.read(records.RESULTS / "h200-two-gpus").items()}
+    table = guide.partition("| `h200-two-gpus`: ")[2]
+    rows, found = [], []
+    for row in re.findall(r"^\| (\d+) ([a-z ]+) / (\d+) ([a-z ]+) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M):
+        points = ((servers[row[1]], row[0]), (servers[row[3]], row[2]))
+        pair = [measured[server][f"chat, {concurrent} concurrent"] for server, concurrent in points]
+        metrics = said_of(pair, "output_tok_s"), said_of(pair, "ttft_p50_ms"), said_of(pair, "tpot_p50_ms", 1)
+        rows.append(row)
+        found.append((*row[:4], *metrics))
+    assert len(rows) == 3
+    assert rows == found, "\n".join("| {} {} / {} {} | {} | {} | {} |".format(*row) for row in found)
+    one_request = [measured[servers[name]]["chat, 1 concurrent"] for name in ("tensor parallel", "two replicas")]
+    assert (
+        f"a request's tokens came in {records.ratio(*one_request, 'tpot_p50_ms').value:.0%}".replace("%", " %") in guide
+    )
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):
@@ -157,16 +179,19 @@ def test_compared_records_are_of_one_sitting():
     folders = [folder for folder in records.RESULTS.iterdir() if folder.is_dir()]
     assert folders
     for folder in folders:
-        one, other = records.read(folder).values()
-        assert one["beside"] == [other["server"]] and other["beside"] == [one["server"]]
-        for key in ("date", "commit", "hardware", "cpu", "versions", "weights", "kv_cache_tokens"):
-            assert one[key] == other[key], f"{folder.name}: {key}"
-        for cell in one["cells"] + other["cells"]:
-            point = cell["point"]
-            assert not cell["failed"]
-            request = point["input_len"] + point["output_len"] + 64
-            assert point.get("concurrency", 1) * request <= one["kv_cache_tokens"]
-        assert not one["failures"] and not other["failures"]
+        found = records.read(folder)
+        one = next(iter(found.values()))
+        for server, record in found.items():
+            assert sorted([server, *record["beside"]]) == sorted(found)
+            for key in ("date", "commit", "hardware", "cpu", "versions", "weights"):
+                assert record[key] == one[key], f"{folder.name}: {key}"
+            assert record["kv_cache_tokens"] / gpus(record) == one["kv_cache_tokens"] / gpus(one)
+            for cell in record["cells"]:
+                point = cell["point"]
+                assert not cell["failed"]
+                request = point["input_len"] + point["output_len"] + 64
+                assert point.get("concurrency", 1) * request <= record["kv_cache_tokens"]
+            assert not record["failures"]
 
 
 def test_price_at_the_top_is_the_records(cell):
