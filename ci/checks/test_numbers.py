@@ -140,9 +140,8 @@ def test_table_of_two_gpus_is_that_of_its_record(guide):
     assert len(rows) == 3
     assert rows == found, "\n".join("| {} {} / {} {} | {} | {} | {} |".format(*row) for row in found)
     one_request = [measured[servers[name]]["chat, 1 concurrent"] for name in ("tensor parallel", "two replicas")]
-    assert (
-        f"a request's tokens came in {records.ratio(*one_request, 'tpot_p50_ms').value:.0%}".replace("%", " %") in guide
-    )
+    share = records.ratio(*one_request, "tpot_p50_ms").value
+    assert f"a request's tokens came in {100 * share:.0f} % of the time" in guide.replace("\n", " ")
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):
@@ -152,6 +151,26 @@ def test_cores_of_the_machine_are_those_of_the_records(guide):
         found += [min(cores), max(cores)]
     said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
     assert said.format(*found) in guide.replace("\n", " ")
+
+
+def test_milliseconds_of_cpu_for_a_request_are_those_of_the_records(guide):
+    rest = ("controller", "gcs", "raylet", "proxy actor", "other")
+    kinds = {"HAProxy": ("haproxy",), "the rest of Ray": rest}
+    table = guide.partition("| Process | tutorial, 128 concurrent |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([\w ]+) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M)
+    measured, found = records.read(records.RESULTS / "h200-vllm-serve"), []
+    for name, *_ in rows:
+        row = [name]
+        for concurrent in (128, 256):
+            for record in (measured["tutorial"], measured["vllm-serve"]):
+                point = f"chat, {concurrent} concurrent"
+                cells = [cell for cell in record["cells"] if records.label(cell["point"]) == point]
+                cores = fmean(sum(cell["cores"].get(kind, 0) for kind in kinds.get(name, (name,))) for cell in cells)
+                requests_s = records.estimate(records.by_point(record)[point], "output_tok_s").value / 128
+                row.append(f"{1000 * cores / requests_s:.1f}" if cores else "none")
+        found.append(tuple(row))
+    assert len(rows) == 6
+    assert rows == found, "\n".join(f"| {' | '.join(row)} |" for row in found)
 
 
 def test_gaps_between_chunks_are_those_of_the_records(guide):

@@ -1,6 +1,7 @@
 """The app that these tests share: how to ask it, watch it, deploy it anew, and what runs of it."""
 
 import contextlib
+import os
 import re
 import threading
 import time
@@ -14,9 +15,11 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from ci.common import ROOT, run
+from support.machine import STAND_IN
 
 URL = "http://127.0.0.1:8000"
 MODEL = "my-llama-3.1-8b"
+APP = os.environ.get("APP", STAND_IN)  # On a GPU, the real one: CONTRIBUTING.md
 API_KEY, PROMPT = "key-canary-5e81", "Hello, this is prompt-canary-77c0"
 KEY = {"Authorization": f"Bearer {API_KEY}"}
 TOKEN_IN_VARIABLE, TOKEN_IN_FILE = "hf_CanaryOfTheVariable", "hf_CanaryOfTheFile"

@@ -9,6 +9,7 @@ from ci.common import ROOT, run
 from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
 from ci.tests.serving.app import (
     API_KEY,
+    APP,
     TOKEN_IN_FILE,
     TOKEN_IN_VARIABLE,
     complete,
@@ -17,6 +18,7 @@ from ci.tests.serving.app import (
     server_status,
     wait_for,
 )
+from support.machine import STAND_IN
 from support.serving import start_head, stop_ray
 
 ORDER = """start limits listening structured advisories bad_requests faults key update two_replicas soak secrets
@@ -41,7 +43,8 @@ def cluster(cell, tmp_path_factory):
     token_file = tmp_path_factory.mktemp("huggingface") / "token"
     token_file.write_text(TOKEN_IN_FILE)
     os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
-    os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
+    if APP == STAND_IN:
+        os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
     os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
     exec(cell("check"), names)
     exec(cell("start-ray").partition("from support")[0], names)  # The variables
@@ -63,7 +66,7 @@ def served(cluster, tmp_path_factory):
     """The stand-in's app, deployed from the file, and answering. Its value is what was said of it on the way."""
     # One replica under any load: bursts would call for a second one.
     one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
-    deploy("tiny_llama.app:app", tmp_path_factory.mktemp("served"), one)
+    deploy(APP, tmp_path_factory.mktemp("served"), one)
     messages = []
     wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
     wait_for(lambda: complete().status_code == 200, "completion")

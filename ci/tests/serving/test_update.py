@@ -8,7 +8,7 @@ import requests
 import yaml
 
 from ci.common import read_notebook
-from ci.tests.serving.app import URL, deploy, load, report, running_replicas, wait_for
+from ci.tests.serving.app import APP, URL, deploy, load, report, running_replicas, wait_for
 
 
 @pytest.mark.section("Update without an outage")
@@ -20,7 +20,7 @@ def test_update_with_surge_fails_no_request(served, tmp_path):
     began_s = time.monotonic()
     with load() as outcomes:
         two = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
-        deploy("tiny_llama.app:app", tmp_path, server | two, router)
+        deploy(APP, tmp_path, server | two, router)
         wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 200, "answer without a key", 400)
         wait_for(lambda: running_replicas() == 2, "second replica", 400)
     assert not report("Update with surge", outcomes, began_s)
