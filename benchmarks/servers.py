@@ -55,7 +55,7 @@ def gpu() -> tuple[str, float] | None:
 def gpu_link() -> str | None:
     """How the first two GPUs reach each other, in the words of `nvidia-smi topo -m`: NV18 are 18 NVLinks."""
     with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
-        found = re.search(r"GPU0\s+X\s+(\w+)", subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True))
+        found = re.search(r"GPU0\s+X\s+([A-Z]\w+)", subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True))
         return found[1] if found else None
     return None
 

@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import figure, records, table
 from benchmarks.run import parse, planned, points_of, requests_of
-from benchmarks.servers import gpus, memory_settings, phases
+from benchmarks.servers import gpu_link, gpus, memory_settings, phases
 from benchmarks.variants import VARIANTS, variant
 from support.machine import MEMORY_GIB
 
@@ -95,6 +95,18 @@ def test_each_gpu_of_a_server_has_the_load():
     assert loads == {(0, 128, None), (1, 256, None), (0, None, 20), (1, None, 40)}
     one, two, spread = {"engine_kwargs": {}}, {"num_replicas": 2}, {"tensor_parallel_size": 2}
     assert gpus(one) == 1 and gpus({**one, "deployment_config": two}) == 2 and gpus({"engine_kwargs": spread}) == 2
+
+
+@pytest.mark.parametrize("second, link", [("NV18", "NV18"), ("SYS", "SYS"), (None, None)])
+def test_record_names_the_link_of_two_gpus(tmp_path, monkeypatch, second, link):
+    """The fake one prints what `nvidia-smi topo -m` printed on two H200s, or on one."""
+    rows = ["\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m", f"GPU0\t X \t{second}\t0-31", f"GPU1\t{second}\t X \t0-31"]
+    rows = rows if second else ["\t\x1b[4mGPU0\tCPU Affinity\x1b[0m", "GPU0\t X \t0-15"]
+    (tmp_path / "printed").write_text("\n".join(rows))
+    (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "topo -m" ] && cat {tmp_path}/printed\n')
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert gpu_link() == link
 
 
 @pytest.mark.parametrize("count, kv_gib, fit", [(2, 40, True), (3, 40, False), (3, 20, True), (4, 12, True)])

@@ -61,3 +61,13 @@ def test_engine_takes_the_share_of_memory_that_the_arithmetic_takes(cell):
 
     assert CacheConfig.gpu_memory_utilization == 0.92 and "0.92 by default" in cell("dashboard")
     assert "0.92 * memory_gib" in cell("kv-arithmetic")
+
+
+@pytest.mark.section("Scale with the load")
+def test_compiled_code_of_one_gpu_is_kept_for_all():
+    """What TROUBLESHOOTING.md says of this vLLM. When this fails, vLLM tells its GPUs apart: take the advice back."""
+    show = "import inspect, vllm.compilation.decorators as d, vllm.envs as e; "
+    show += "print(e.VLLM_USE_AOT_COMPILE, 'cache_dir, f\"rank_{rank}_{dp_rank}\")' in inspect.getsource(d))"
+    for off in "0", "1":
+        said = run(sys.executable, "-c", show, VLLM_DISABLE_COMPILE_CACHE=off).stdout.splitlines()[-1]
+        assert said == f"{off == '0'} True"
