@@ -1,4 +1,4 @@
-"""Measure servers of the model side by side on one GPU: `python -m benchmarks.run [all] tutorial vllm-serve`.
+"""Measure servers of the model side by side on one machine: `python -m benchmarks.run [all] tutorial vllm-serve`.
 
 Without a GPU, the tiny stand-in is measured. The steps by themselves: `start` starts the servers and leaves them up,
 `measure` measures until it is done or --time-limit-s is near, and goes on where it stopped when called again,
@@ -128,7 +128,7 @@ def measure(args: argparse.Namespace) -> bool:
 
     began, state = time.monotonic(), servers.load_state()
     on_gpu, up = servers.gpu() is not None, state["servers"]
-    if unknown := set(args.servers) - {server["name"] for server in up}:
+    if unknown := sorted(set(args.servers) - {server["name"] for server in up}):
         raise SystemExit(f"Not up: {', '.join(unknown)}. There are: {', '.join(server['name'] for server in up)}")
     up = [server for server in up if not args.servers or server["name"] in args.servers]
     folder = Path(state["records"])
@@ -139,7 +139,8 @@ def measure(args: argparse.Namespace) -> bool:
     files = [folder / f"{server['name']}.json" for server in up]
     found = records.read(folder)
     ours = [found.get(server["name"]) or new_record(state, server, commit) for server in up]
-    if any(record["commit"] != commit for record in ours):
+    everything = {**found, **{record["server"]: record for record in ours}}.values()
+    if any(record["commit"] != commit for record in everything):
         raise SystemExit(f"{folder} has records of another commit than {commit}.")
     wanted = points_of(args)
     times = [servers.gpus(server) if args.per_gpu else 1 for server in up]
@@ -147,17 +148,17 @@ def measure(args: argparse.Namespace) -> bool:
     points = [point for point in wanted if all(has_room(scaled(point, n), server) for server, n in with_times)]
     for point in wanted:
         if point not in points:
-            print(f"Left out: {records.label(point)} doesn't fit into the KV cache")
+            per_gpu = " on each GPU" if args.per_gpu else ""
+            print(f"Left out: {records.label(point)}{per_gpu} doesn't fit into the KV cache")
     done = {(c["repetition"], records.label(c["point"]), i) for i, record in enumerate(ours) for c in record["cells"]}
     plan = [p for p in planned(points, args, times) if (p[0], records.label(p[1]), p[2]) not in done]
     clients = Clients(max((clients_for(point) for _, point, _ in plan), default=1))
     if plan and not done:
         heaviest = max(points, key=lambda point: requests_of(point, args, on_gpu))
-        for server in up:
+        for server, n in with_times:
             print(f"Warming up {server['name']}", flush=True)
-            clients.measure(
-                server, state["model"], heaviest, 2 * heaviest.get("concurrency", 32), random.getrandbits(20)
-            )
+            requests = 2 * n * heaviest.get("concurrency", 32)
+            clients.measure(server, state["model"], scaled(heaviest, n), requests, random.getrandbits(20))
     took_s = {}
     for number, (repetition, point, index) in enumerate(plan):
         expected_s = took_s.get(records.label(point), 1.5 * cell_s(point, args, on_gpu))
@@ -167,7 +168,7 @@ def measure(args: argparse.Namespace) -> bool:
         cell_began = time.monotonic()
         seed = random.getrandbits(20)
         cell = clients.measure(up[index], state["model"], point, requests_of(point, args, on_gpu), seed)
-        order = sum(len(record["cells"]) for record in ours)
+        order = sum(len(record["cells"]) for record in everything)
         cell = {"repetition": repetition, "order": order, "point": point, "began": int(time.time())} | cell
         took_s[records.label(point)] = time.monotonic() - cell_began
         ours[index]["failures" if cell["failed"] else "cells"].append(cell)
@@ -220,10 +221,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the order of the servers")
     parser.add_argument("--time-limit-s", type=float, help="measure: begin no cell that would end later than this")
     parser.add_argument("--start-limit-s", type=float, default=900, help="start: wait as long for the first tokens")
-    args = parser.parse_intermixed_args(arguments)  # Names of servers may follow options.
+    args = parser.parse_intermixed_args(arguments)
+    if args.kv_gib <= 0:
+        parser.error("--kv-gib has to be more than 0")
     if args.step in ("all", "start") and not args.servers:
         machine = servers.gpu()
-        both = machine is None or 0.45 * machine[1] >= servers.KV_GIB + servers.WEIGHTS_GIB + servers.WORKING_GIB
+        both = machine is None or 0.45 * machine[1] >= args.kv_gib + servers.WEIGHTS_GIB + servers.WORKING_GIB
         args.servers = ["tutorial", "vllm-serve"] if both else ["tutorial"]
     return args
 

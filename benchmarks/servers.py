@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
 STATE = BUILD / "servers.json"
 KV_GIB = 40  # Of each server that shares a GPU: 327,680 tokens, room for 256 requests of 1,280
-WEIGHTS_GIB, WORKING_GIB = 15, 4  # Llama-3.1-8B in 16 bits; activations, CUDA graphs and the CUDA context
+WEIGHTS_GIB, WORKING_GIB = 15, 4  # 16 bits; activations, CUDA graphs and context: 3.5 GiB for each of three on an H200
 LAUNCH_ENV = {  # As in the notebook's launch step
     "RAY_AUTH_MODE": "token",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
@@ -55,7 +55,8 @@ def gpu() -> tuple[str, float] | None:
 def gpu_link() -> str | None:
     """How the first two GPUs reach each other, in the words of `nvidia-smi topo -m`: NV18 are 18 NVLinks."""
     with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
-        found = re.search(r"GPU0\s+X\s+([A-Z]\w+)", subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True))
+        table = subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True)
+        found = re.search(r"GPU0[ \t]+GPU1\b.*\n[ \t]*GPU0[ \t]+X[ \t]+(\w+)", table)
         return found[1] if found else None
     return None
 
@@ -281,6 +282,8 @@ def records_folder(results: Path, sitting: str | None, hardware: str) -> Path:
 def asked(name: str, base: str, shared: dict) -> dict:
     """What benchmarks/app.py is asked for: the variant on top of the module `base` and the `shared` engine settings."""
     changes = variant(name)
+    if changes.get("server") == "vllm" and "deployment_config" in changes.get("llm_config", {}):
+        raise SystemExit(f"{name}: `vllm serve` has no replicas or other settings of a deployment.")
     own = {"model_loading_config": {"model_id": model_id(name)}, "engine_kwargs": shared}
     llm_config = merged(own, changes.get("llm_config", {}))
     return {"base": base, "llm_config": llm_config, "router_hop": changes.get("router_hop", True)}

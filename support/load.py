@@ -143,7 +143,9 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
                         long = 4 * OUTPUT_TOKENS
                         loads[index] = start_load(name, tokenizer, concurrency // 2, prompts, output_tokens=long)
                 if time.monotonic() > deadline_s:
-                    raise TimeoutError(f"After {timeout_s} s: {timeline[-1]}. Errors in the logs: {errors_in_logs()}")
+                    raise TimeoutError(
+                        f"After {timeout_s} s: {timeline[-1]}. Errors in the logs: {errors_in_logs()[-5:]}"
+                    )
                 timeline.append(read_metrics())
                 time.sleep(2)
         finally:

@@ -101,7 +101,7 @@ def test_each_gpu_of_a_server_has_the_load():
 def test_record_names_the_link_of_two_gpus(tmp_path, monkeypatch, second, link):
     """The fake one prints what `nvidia-smi topo -m` printed on two H200s, or on one."""
     rows = ["\t\x1b[4mGPU0\tGPU1\tCPU Affinity\x1b[0m", f"GPU0\t X \t{second}\t0-31", f"GPU1\t{second}\t X \t0-31"]
-    rows = rows if second else ["\t\x1b[4mGPU0\tCPU Affinity\x1b[0m", "GPU0\t X \t0-15"]
+    rows = rows if second else ["\t\x1b[4mGPU0\tNIC0\tCPU Affinity\x1b[0m", "GPU0\t X \tPIX\t0-15", "NIC0\tPIX\t X "]
     (tmp_path / "printed").write_text("\n".join(rows))
     (tmp_path / "nvidia-smi").write_text(f'#!/bin/sh\n[ "$*" = "topo -m" ] && cat {tmp_path}/printed\n')
     (tmp_path / "nvidia-smi").chmod(0o755)

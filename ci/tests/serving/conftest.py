@@ -63,7 +63,7 @@ def cluster(cell, tmp_path_factory):
 
 @pytest.fixture(scope="package")
 def served(cluster, tmp_path_factory):
-    """The stand-in's app, deployed from the file, and answering. Its value is what was said of it on the way."""
+    """The app, deployed from the file, and answering. Its value is what was said of it on the way."""
     # One replica under any load: bursts would call for a second one.
     one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
     deploy(APP, tmp_path_factory.mktemp("served"), one)
