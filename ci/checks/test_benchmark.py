@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import figure, records, table
 from benchmarks.run import parse, planned, points_of, requests_of
-from benchmarks.servers import gpu_link, gpus, memory_settings, phases
+from benchmarks.servers import asked, gpu_link, gpus, memory_settings, phases
 from benchmarks.variants import VARIANTS, variant
 from support.machine import MEMORY_GIB
 
@@ -133,6 +133,12 @@ def test_variants_join_from_left_to_right_and_unknown_ones_are_named():
     assert VARIANTS["default-path"]["env"]["RAY_SERVE_ENABLE_HA_PROXY"] == "0"
     with pytest.raises(ValueError, match="'no-such' is not in benchmarks/variants.yaml"):
         variant("tutorial+no-such")
+
+
+def test_replicas_are_asked_only_of_ray_serve():
+    assert asked("tutorial+two-replicas", "base", {})["llm_config"]["deployment_config"] == {"num_replicas": 2}
+    with pytest.raises(SystemExit, match="`vllm serve` has no replicas"):
+        asked("vllm-serve+two-replicas", "base", {})
 
 
 def test_start_is_told_by_the_engines_steps():
