@@ -11,7 +11,7 @@ import pytest
 from ray import serve
 
 from ci.common import ROOT, run
-from support import serving
+from support import load, serving
 from support.machine import STAND_IN, Machine
 from support.serving import FAST_PATH, choose_host
 
@@ -109,6 +109,14 @@ def test_gpus_of_one_machine_share_no_compiled_code(monkeypatch, app, gpus, off)
     monkeypatch.setattr(serving, "choose_host", lambda head: "127.0.0.1")
     serving.start_ray(Machine(app, "model", "H200", gpus, ray_was_running=False))
     assert seen == [off]
+
+
+@pytest.mark.section("Scale with the load")
+def test_autoscaler_that_is_given_up_says_what_the_logs_say(monkeypatch):
+    monkeypatch.setattr(load, "read_metrics", lambda: {"replicas": 2})
+    monkeypatch.setattr(load, "errors_in_logs", lambda: [f"Error: {number}" for number in range(9)])
+    with pytest.raises(TimeoutError, match=r"After 1 s: {'replicas': 2}. .*\['Error: 4', .*, 'Error: 8'\]"):
+        load.watch_autoscaler("model", target=1, timeout_s=1)
 
 
 @pytest.mark.section("Where it listens")
