@@ -226,7 +226,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--kv-gib has to be more than 0")
     if args.step in ("all", "start") and not args.servers:
         machine = servers.gpu()
-        both = machine is None or 0.45 * machine[1] >= args.kv_gib + servers.WEIGHTS_GIB + servers.WORKING_GIB
+        both = machine is None or machine[1] >= servers.needed_gib(2, args.kv_gib)
         args.servers = ["tutorial", "vllm-serve"] if both else ["tutorial"]
     return args
 

@@ -80,18 +80,22 @@ def check_ports(count: int) -> None:
                 raise SystemExit(f"Port {port} is taken. End what listens there first, the notebook's Ray say.")
 
 
-def memory_settings(count: int, gpu_gib: float | None, kv_gib: float = KV_GIB) -> dict:
+def needed_gib(count: int, kv_gib: float) -> float:
+    """The memory in GiB of a GPU that `count` servers share, each with `kv_gib` of KV cache. A tenth stays free."""
+    return count * (WEIGHTS_GIB + WORKING_GIB + kv_gib) / 0.9
+
+
+def memory_settings(count: int, gpu_gib: float | None, kv_gib: float) -> dict:
     """Engine settings that give each of `count` servers its share of the GPU. One by itself has the engine's default.
 
     Raises SystemExit for a GPU that can't hold them, each with `kv_gib` of KV cache.
     """
     if count < 2 or gpu_gib is None:
         return {}
-    needed = count * (WEIGHTS_GIB + WORKING_GIB + kv_gib) / 0.9
-    if gpu_gib < needed:
+    if gpu_gib < needed_gib(count, kv_gib):
         raise SystemExit(
-            f"{count} servers need {needed:.0f} GiB of GPU memory, and this GPU has {gpu_gib:.0f}. Measure one at a "
-            "time, make benchmark VARIANTS=tutorial, or give each less KV cache with --kv-gib"
+            f"{count} servers need {needed_gib(count, kv_gib):.0f} GiB of GPU memory, and this GPU has {gpu_gib:.0f}. "
+            "Measure one at a time, make benchmark VARIANTS=tutorial, or give each less KV cache with --kv-gib"
         )
     return {"kv_cache_memory_bytes": int(kv_gib * 2**30), "gpu_memory_utilization": 0.9 / count}
 
@@ -310,7 +314,7 @@ def start(
     results: Path,
     random_weights: bool,
     timeout_s: float,
-    kv_gib: float = KV_GIB,
+    kv_gib: float,
 ) -> None:
     """Start one server for each name, wait for their first tokens, and write STATE.
 
@@ -321,9 +325,9 @@ def start(
     machine = gpu()
     base = "serve_llama_3_1_8b" if machine else "tiny_llama.app"
     model = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct") if machine else "build/tiny-llama"
-    shared = memory_settings(len(names), machine and machine[1], kv_gib) | (
-        {"load_format": "dummy"} if random_weights else {}
-    )
+    shared = memory_settings(len(names), machine and machine[1], kv_gib)
+    if random_weights:
+        shared["load_format"] = "dummy"
     check_ports(len(names))
     state = {"model": model, "facts": facts(machine, random_weights), "servers": []}
     state["records"] = str(records_folder(results, sitting, state["facts"]["hardware"]))

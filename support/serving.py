@@ -29,9 +29,10 @@ def start_ray(machine: Machine) -> tuple[subprocess.Popen | None, str]:
 
     Raises RuntimeError with Ray's own words when it doesn't start, ConnectionError when it isn't up after 90 s.
     """
-    if machine.app != STAND_IN and machine.replicas_that_fit > 1 and not machine.ray_was_running:
+    several_gpus = machine.app != STAND_IN and machine.replicas_that_fit > 1 and not machine.ray_was_running
+    if several_gpus and "VLLM_DISABLE_COMPILE_CACHE" not in os.environ:
         # vLLM 0.29 keeps the compiled code of one GPU, and a replica on another one of the same machine fails with it.
-        os.environ.setdefault("VLLM_DISABLE_COMPILE_CACHE", "1")
+        os.environ["VLLM_DISABLE_COMPILE_CACHE"] = "1"
         print("vLLM's compile cache: off, as this machine has several GPUs (TROUBLESHOOTING.md says why)")
     ray_head = None if machine.ray_was_running else start_head()
     if ray_head:

@@ -100,7 +100,7 @@ def test_ray_ends_with_the_notebook(tmp_path, monkeypatch):
 
 @pytest.mark.section("Scale with the load")
 @pytest.mark.parametrize("app, gpus, off", [(REAL, 1, None), (REAL, 2, "1"), (STAND_IN, 2, None)])
-def test_gpus_of_one_machine_share_no_compiled_code(monkeypatch, app, gpus, off):
+def test_gpus_of_one_machine_share_no_compiled_code(monkeypatch, capsys, app, gpus, off):
     """What fails otherwise takes two GPUs, so it isn't provoked here: TROUBLESHOOTING.md quotes it."""
     monkeypatch.delenv("VLLM_DISABLE_COMPILE_CACHE", raising=False)
     seen = []
@@ -108,7 +108,16 @@ def test_gpus_of_one_machine_share_no_compiled_code(monkeypatch, app, gpus, off)
     monkeypatch.setattr(serving, "connect", lambda head: None)
     monkeypatch.setattr(serving, "choose_host", lambda head: "127.0.0.1")
     serving.start_ray(Machine(app, "model", "H200", gpus, ray_was_running=False))
-    assert seen == [off]
+    assert seen == [off] and ("compile cache: off" in capsys.readouterr().out) == bool(off)
+
+
+@pytest.mark.section("Scale with the load")
+def test_compile_cache_that_the_reader_asks_for_stays(monkeypatch, capsys):
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "0")
+    for name in ("start_head", "connect", "choose_host"):
+        monkeypatch.setattr(serving, name, lambda *_: None)
+    serving.start_ray(Machine(REAL, "model", "H200", 2, ray_was_running=False))
+    assert os.environ["VLLM_DISABLE_COMPILE_CACHE"] == "0" and "cache" not in capsys.readouterr().out
 
 
 @pytest.mark.section("Scale with the load")
