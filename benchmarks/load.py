@@ -119,13 +119,22 @@ def shares(total: int, parts: int) -> list[int]:
 
 
 class Clients:
-    """Processes that send requests. They keep their imports from cell to cell."""
+    """Processes that send requests. They keep their imports from cell to cell, and end with the context."""
 
     def __init__(self, count: int):
         others = psutil.Process().children()  # The servers, where this process has started them
         self.pool = ProcessPoolExecutor(count, mp_context=get_context("fork"))
         self.pool.submit(int).result()
         self.processes = [process for process in psutil.Process().children() if process not in others]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:  # Otherwise, a measurement that is cut off would wait for its last cell.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.pool.shutdown(cancel_futures=True)
 
     def measure(self, server: dict, model: str, point: dict, requests: int, seed: int) -> dict:
         """Send `requests` requests at one point to a server. Returns the cell of a record (benchmarks/README.md).

@@ -124,10 +124,10 @@ def measure(args: argparse.Namespace) -> bool:
 
     Writes the record after each cell. Raises SystemExit when requests fail: their number and errors are in the record.
     """
-    from benchmarks.load import Clients, clients_for  # Its imports take a while. `start`, `table`, `stop` need none.
-
     began, state = time.monotonic(), servers.load_state()
     on_gpu, up = servers.gpu() is not None, state["servers"]
+    if not all("start_s" in server for server in up):
+        raise SystemExit(f"Not all came up. See {servers.BUILD}/server-*.log, then: python -m benchmarks.run stop")
     if unknown := sorted(set(args.servers) - {server["name"] for server in up}):
         raise SystemExit(f"Not up: {', '.join(unknown)}. There are: {', '.join(server['name'] for server in up)}")
     up = [server for server in up if not args.servers or server["name"] in args.servers]
@@ -150,33 +150,35 @@ def measure(args: argparse.Namespace) -> bool:
         if point not in points:
             per_gpu = " on each GPU" if args.per_gpu else ""
             print(f"Left out: {records.label(point)}{per_gpu} doesn't fit into the KV cache")
+    from benchmarks.load import Clients, clients_for  # Its imports take a while, and what is above needs none of them.
+
     done = {(c["repetition"], records.label(c["point"]), i) for i, record in enumerate(ours) for c in record["cells"]}
     plan = [p for p in planned(points, args, times) if (p[0], records.label(p[1]), p[2]) not in done]
-    clients = Clients(max((clients_for(point) for _, point, _ in plan), default=1))
-    if plan and not done:
-        heaviest = max(points, key=lambda point: requests_of(point, args, on_gpu))
-        for server, n in with_times:
-            print(f"Warming up {server['name']}", flush=True)
-            requests = 2 * n * heaviest.get("concurrency", 32)
-            clients.measure(server, state["model"], scaled(heaviest, n), requests, random.getrandbits(20))
-    took_s = {}
-    for number, (repetition, point, index) in enumerate(plan):
-        expected_s = took_s.get(records.label(point), 1.5 * cell_s(point, args, on_gpu))
-        if args.time_limit_s and time.monotonic() - began + expected_s > args.time_limit_s - 5:
-            print(f"{len(plan) - number} of {len(plan)} cells are left. The same command goes on with them.")
-            return False
-        cell_began = time.monotonic()
-        seed = random.getrandbits(20)
-        cell = clients.measure(up[index], state["model"], point, requests_of(point, args, on_gpu), seed)
-        order = sum(len(record["cells"]) for record in everything)
-        cell = {"repetition": repetition, "order": order, "point": point, "began": int(time.time())} | cell
-        took_s[records.label(point)] = time.monotonic() - cell_began
-        ours[index]["failures" if cell["failed"] else "cells"].append(cell)
-        records.write(files[index], ours[index])
-        name = f"{number + 1}/{len(plan)} {up[index]['name']}, {records.label(point)}"
-        if cell["failed"]:
-            raise SystemExit(f"{name}: {cell['failed']} of {cell['requests']} requests failed: {cell['errors']}")
-        report(name, cell, took_s[records.label(point)])
+    with Clients(max((clients_for(point) for _, point, _ in plan), default=1)) as clients:
+        if plan and not done:
+            heaviest = max(points, key=lambda point: requests_of(point, args, on_gpu))
+            for server, n in with_times:
+                print(f"Warming up {server['name']}", flush=True)
+                requests = 2 * n * heaviest.get("concurrency", 32)
+                clients.measure(server, state["model"], scaled(heaviest, n), requests, random.getrandbits(20))
+        took_s = {}
+        for number, (repetition, point, index) in enumerate(plan):
+            expected_s = took_s.get(records.label(point), 1.5 * cell_s(point, args, on_gpu))
+            if args.time_limit_s and time.monotonic() - began + expected_s > args.time_limit_s - 5:
+                print(f"{len(plan) - number} of {len(plan)} cells are left. The same command goes on with them.")
+                return False
+            cell_began = time.monotonic()
+            seed = random.getrandbits(20)
+            cell = clients.measure(up[index], state["model"], point, requests_of(point, args, on_gpu), seed)
+            order = sum(len(record["cells"]) for record in everything)
+            cell = {"repetition": repetition, "order": order, "point": point, "began": int(time.time())} | cell
+            took_s[records.label(point)] = time.monotonic() - cell_began
+            ours[index]["failures" if cell["failed"] else "cells"].append(cell)
+            records.write(files[index], ours[index])
+            name = f"{number + 1}/{len(plan)} {up[index]['name']}, {records.label(point)}"
+            if cell["failed"]:
+                raise SystemExit(f"{name}: {cell['failed']} of {cell['requests']} requests failed: {cell['errors']}")
+            report(name, cell, took_s[records.label(point)])
     return True
 
 

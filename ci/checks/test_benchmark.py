@@ -1,12 +1,13 @@
 """What the benchmark computes from its records, against numbers that are known."""
 
+import json
 import time
 
 import numpy as np
 import pytest
 
-from benchmarks import figure, records, table
-from benchmarks.run import parse, planned, points_of, requests_of
+from benchmarks import figure, records, servers, table
+from benchmarks.run import measure, parse, planned, points_of, requests_of
 from benchmarks.servers import asked, gpu_link, gpus, memory_settings, phases
 from benchmarks.variants import VARIANTS, variant
 from support.machine import MEMORY_GIB
@@ -95,6 +96,13 @@ def test_each_gpu_of_a_server_has_the_load():
     assert loads == {(0, 128, None), (1, 256, None), (0, None, 20), (1, None, 40)}
     one, two, spread = {"engine_kwargs": {}}, {"num_replicas": 2}, {"tensor_parallel_size": 2}
     assert gpus(one) == 1 and gpus({**one, "deployment_config": two}) == 2 and gpus({"engine_kwargs": spread}) == 2
+
+
+def test_servers_that_did_not_come_up_are_not_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(servers, "STATE", tmp_path / "servers.json")
+    servers.STATE.write_text(json.dumps({"servers": [{"name": "tutorial", "start_s": 99.0}, {"name": "vllm-serve"}]}))
+    with pytest.raises(SystemExit, match="Not all came up. See .*/server-"):
+        measure(parse(["measure"]))
 
 
 @pytest.mark.parametrize("second, link", [("NV18", "NV18"), ("SYS", "SYS"), (None, None)])

@@ -62,3 +62,22 @@ def test_ends_in_a_table_and_a_figure_beside_the_records_of_the_page(measured):
     assert ("record of tutorial" in table) == ("chat, 1 concurrent" in records.published("tutorial"))
     assert str(measured[1] / "comparison.png") in table
     assert plt.imread(measured[1] / "comparison.png").shape[0] > 300
+
+
+def test_measurement_that_is_ended_does_not_wait_for_its_clients():
+    code = """
+import signal, sys, time
+from benchmarks.load import Clients
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # As benchmarks/run.py
+with Clients(1) as clients:
+    cell = clients.pool.submit(time.sleep, 300)
+    print("up", flush=True)
+    cell.result()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE) as measurement:
+        assert any(line == "up\n" for line in measurement.stdout)
+        measurement.terminate()
+        try:
+            assert measurement.wait(timeout=60) == 143
+        finally:
+            measurement.kill()
