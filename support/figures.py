@@ -72,7 +72,7 @@ def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Fi
         axis.set_ylim(0, 1.2 * max([axis.dataLim.y1, 1e-9]))
         axis.set_xlim(left=-2)
     for axis in axes[0, 1], axes[0, 2], axes[1, 2]:
-        axis.legend()
+        axis.legend(loc="upper center", ncols=2)  # In the margin above the points
     plt.setp(axes[1], xlabel="seconds since the first request")
     title = (
         f"{seen['max_concurrency']} concurrent requests: {seen['output_throughput']:,.0f} tokens per second, "

@@ -25,7 +25,7 @@ def read_metrics() -> dict[str, float]:
     totals = {"time_s": time.perf_counter(), "busy_replicas": 0, "replicas": running_replicas()}
     for node in [node for node in ray.nodes() if node["Alive"]]:
         url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-        lines = requests.get(url, timeout=10).text.splitlines()
+        lines = requests.get(url, timeout=60).text.splitlines()
         wanted = [line for line in lines if line.startswith("ray_vllm_") and "_bucket{" not in line]
         for family in text_string_to_metric_families("\n".join(wanted)):
             for sample in family.samples:

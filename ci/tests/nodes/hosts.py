@@ -77,7 +77,7 @@ class Host:
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.tmp / "said", "w") as said:
             self.init = subprocess.Popen(
-                ["ip", "netns", "exec", self.name, *own, "bash", "-c", boot],
+                ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.name, *own, "bash", "-c", boot],
                 env={**os.environ, **env},
                 stdout=said,
                 stderr=said,

@@ -93,9 +93,10 @@ def report(what: str, outcomes: list, since_s: float) -> list:
 
 
 def server_status() -> dict:
-    """What `serve status` says of the model's deployment; empty values before it knows it."""
-    applications = yaml.safe_load(run("serve", "status").stdout)["applications"]
+    """What `serve status` says of the model's deployment; empty values while it knows nothing of it."""
     nothing = {"status": "", "replica_states": {}, "message": ""}
+    result = run("serve", "status")
+    applications = {} if result.returncode else yaml.safe_load(result.stdout)["applications"]
     return applications.get("default", {}).get("deployments", {}).get("LLMServer:my-llama-3_1-8b", nothing)
 
 
@@ -117,6 +118,15 @@ def engines() -> list[psutil.Process]:
     """The replicas' engines. In a small environment, they can't name themselves VLLM::EngineCore."""
     children = [child for replica in replicas() for child in replica.children()]
     return [p for p in children if re.search("VLLM::EngineCore|spawn_main", " ".join(p.cmdline()))]
+
+
+def listening() -> dict[int, set[str]]:
+    """The addresses of each port that listens here."""
+    found = {}
+    for line in run("ss", "-ltnH").stdout.splitlines():
+        address, _, port = line.split()[3].rpartition(":")
+        found.setdefault(int(port), set()).add(address)
+    return found
 
 
 def metric(name: str) -> float:

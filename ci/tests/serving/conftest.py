@@ -14,6 +14,7 @@ from ci.tests.serving.app import (
     TOKEN_IN_VARIABLE,
     complete,
     deploy,
+    listening,
     running_replicas,
     server_status,
     wait_for,
@@ -38,24 +39,29 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="package")
 def cluster(cell, tmp_path_factory):
-    """A Ray cluster, started and ended by the notebook's own cells. It knows secrets, which a test looks for later."""
-    before, environment, names = what_the_tutorial_runs(), dict(os.environ), {}
+    """A Ray cluster, started and ended by the notebook's own cells. It knows secrets, which a test looks for later.
+
+    Its value: the ports on which something listened before.
+    """
+    before, environment, names, ray_head = what_the_tutorial_runs(), dict(os.environ), {}, None
+    listened = set(listening())
     token_file = tmp_path_factory.mktemp("huggingface") / "token"
     token_file.write_text(TOKEN_IN_FILE)
-    os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
-    if APP == STAND_IN:
-        os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
-    os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
-    exec(cell("check"), names)
-    exec(cell("start-ray").partition("from support")[0], names)  # The variables
-    ray_head = start_head()
     try:
+        os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
+        if APP == STAND_IN:
+            os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
+        os.environ["RAY_SERVE_SLOW_STARTUP_WARNING_S"] = "10"
+        exec(cell("check"), names)
+        exec(cell("start-ray").partition("from support")[0], names)  # The variables
+        ray_head = start_head()
         # The dashboard, which `serve deploy` talks to, comes last.
         wait_for(lambda: requests.get("http://127.0.0.1:8265", timeout=10) is not None, "dashboard", 90)
-        yield
+        yield listened
         assert run("serve", "shutdown", "-y").returncode == 0
     finally:
-        stop_ray(ray_head)
+        if ray_head:
+            stop_ray(ray_head)
         os.environ.clear()
         os.environ.update(environment)
     assert_nothing_left(before)

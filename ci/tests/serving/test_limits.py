@@ -54,7 +54,7 @@ def test_requests_of_a_client_that_leaves_end(served, headers):
     long = {**COMPLETION, "max_tokens": 8000, "n": 4, "ignore_eos": True, "stream": True}
     with requests.post(f"{URL}/v1/completions", json=long, headers=headers, stream=True, timeout=60) as response:
         assert next(response.iter_lines()).startswith(b"data: ")
-    time.sleep(5)  # Ray reports the metrics every two seconds, later when the machine is busy.
+    wait_for(lambda: tokens() > before, "report of the tokens")
     wait_for(lambda: metric("ray_vllm_num_requests_running") == 0, "end of the abandoned requests")
     assert 0 < tokens() - before < 16_000, "They ran to their end, which is after 32,000 tokens"
 

@@ -12,7 +12,7 @@ from ci.tests.serving.app import COMPLETION, URL, engines, replicas, wait_for
 
 @pytest.mark.section("Shut down the local deployment")
 def test_answers_under_way_may_finish(served):
-    long = {**COMPLETION, "max_tokens": 8000, "n": 4, "ignore_eos": True, "stream": True}
+    long = {**COMPLETION, "max_tokens": 4000, "n": 4, "ignore_eos": True, "stream": True}
     with (
         ThreadPoolExecutor(1) as pool,
         requests.post(f"{URL}/v1/completions", json=long, stream=True, timeout=60) as response,
