@@ -25,6 +25,8 @@ KEY = {"Authorization": f"Bearer {API_KEY}"}
 TOKEN_IN_VARIABLE, TOKEN_IN_FILE = "hf_CanaryOfTheVariable", "hf_CanaryOfTheFile"
 COMPLETION = {"model": MODEL, "prompt": PROMPT, "max_tokens": 1}
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": PROMPT}], "max_tokens": 1}
+# As next_steps.ipynb says: it has to be there before the first update.
+OLD_ROUTER_STAYS = {"graceful_shutdown_wait_loop_s": 10}
 REPLICA, ROUTER = "ray::ServeReplica:default:LLMServer", "ray::ServeReplica:default:LLMRouter"
 LOGS = Path("/tmp/ray/session_latest/logs")
 

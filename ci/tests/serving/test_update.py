@@ -8,7 +8,7 @@ import requests
 import yaml
 
 from ci.common import read_notebook
-from ci.tests.serving.app import APP, URL, deploy, load, report, running_replicas, wait_for
+from ci.tests.serving.app import APP, OLD_ROUTER_STAYS, URL, deploy, load, report, running_replicas, wait_for
 
 
 @pytest.mark.section("Update without an outage")
@@ -17,6 +17,7 @@ def test_update_with_surge_fails_no_request(served, tmp_path):
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, flags=re.S)[1])
     server, router = ({**one} for one in shown["deployments"])
     assert (server.pop("name"), router.pop("name")) == ("LLMServer:my-llama-3_1-8b", "LLMRouter")
+    assert router.items() >= OLD_ROUTER_STAYS.items(), "The routers that leave have other settings than the page's"
     began_s = time.monotonic()
     with load() as outcomes:
         two = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
