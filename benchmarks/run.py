@@ -128,6 +128,8 @@ def measure(args: argparse.Namespace) -> bool:
     on_gpu, up = servers.gpu() is not None, state["servers"]
     if not all("start_s" in server for server in up):
         raise SystemExit(f"Not all came up. See {servers.BUILD}/server-*.log, then: python -m benchmarks.run stop")
+    from benchmarks.load import Clients, clients_for  # Its imports take a while. `start`, `table`, `stop` need none.
+
     if unknown := sorted(set(args.servers) - {server["name"] for server in up}):
         raise SystemExit(f"Not up: {', '.join(unknown)}. There are: {', '.join(server['name'] for server in up)}")
     up = [server for server in up if not args.servers or server["name"] in args.servers]
@@ -150,8 +152,6 @@ def measure(args: argparse.Namespace) -> bool:
         if point not in points:
             per_gpu = " on each GPU" if args.per_gpu else ""
             print(f"Left out: {records.label(point)}{per_gpu} doesn't fit into the KV cache")
-    from benchmarks.load import Clients, clients_for  # Its imports take a while, and what is above needs none of them.
-
     done = {(c["repetition"], records.label(c["point"]), i) for i, record in enumerate(ours) for c in record["cells"]}
     plan = [p for p in planned(points, args, times) if (p[0], records.label(p[1]), p[2]) not in done]
     with Clients(max((clients_for(point) for _, point, _ in plan), default=1)) as clients:

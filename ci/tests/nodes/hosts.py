@@ -77,6 +77,7 @@ class Host:
         own = ["unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc"]
         with open(self.tmp / "said", "w") as said:
             self.init = subprocess.Popen(
+                # Not ends_with_this(): `unshare` ignores SIGTERM.
                 ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.name, *own, "bash", "-c", boot],
                 env={**os.environ, **env},
                 stdout=said,

@@ -31,7 +31,7 @@ REPLICA, ROUTER = "ray::ServeReplica:default:LLMServer", "ray::ServeReplica:defa
 LOGS = Path("/tmp/ray/session_latest/logs")
 
 
-def deploy(import_path: str, folder: Path, server: dict | None = None, router: dict | None = None) -> None:
+def deploy(import_path: str, folder: Path, server: dict | None = None, router: dict = OLD_ROUTER_STAYS) -> None:
     """Deploy serve_config.yaml with another app in it, and with options for its two deployments."""
     config = yaml.safe_load((ROOT / "serve_config.yaml").read_text())
     options = {"LLMServer:my-llama-3_1-8b": server, "LLMRouter": router}

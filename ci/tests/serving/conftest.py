@@ -10,7 +10,6 @@ from ci.tests.processes import assert_nothing_left, what_the_tutorial_runs
 from ci.tests.serving.app import (
     API_KEY,
     APP,
-    OLD_ROUTER_STAYS,
     TOKEN_IN_FILE,
     TOKEN_IN_VARIABLE,
     complete,
@@ -73,7 +72,7 @@ def served(cluster, tmp_path_factory):
     """The app, deployed from the file, and answering. Its value is what was said of it on the way."""
     # One replica under any load: bursts would call for a second one.
     one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
-    deploy(APP, tmp_path_factory.mktemp("served"), one, OLD_ROUTER_STAYS)
+    deploy(APP, tmp_path_factory.mktemp("served"), one)
     messages = []
     wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
     wait_for(lambda: complete().status_code == 200, "completion")

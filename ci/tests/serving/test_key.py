@@ -13,19 +13,7 @@ import requests
 from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
 
 from ci.common import run
-from ci.tests.serving.app import (
-    API_KEY,
-    CHAT,
-    KEY,
-    OLD_ROUTER_STAYS,
-    URL,
-    complete,
-    deploy,
-    load,
-    report,
-    server_status,
-    wait_for,
-)
+from ci.tests.serving.app import API_KEY, CHAT, KEY, URL, complete, deploy, load, report, server_status, wait_for
 
 pytestmark = pytest.mark.section("Ask for a key")
 APP = "ci.tests.api_key_app"
@@ -37,7 +25,7 @@ def asking(served, tmp_path_factory):
     """The app that asks for the key, in place of the one before. Its value is what happened to requests meanwhile."""
     began_s = time.monotonic()
     with load() as outcomes:
-        deploy(f"{APP}:app", tmp_path_factory.mktemp("key"), router=OLD_ROUTER_STAYS)
+        deploy(f"{APP}:app", tmp_path_factory.mktemp("key"))
         wait_for(lambda: set(server_status()["replica_states"]) == {"STARTING"}, "time without a running replica")
         wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 401, "demand for a key", 400)
     return outcomes, began_s
