@@ -152,9 +152,9 @@ def test_prometheus_agrees_with_the_client(executed, load):
     def increase(metric):
         return query(metric, load.end_s + READ_S) - (query(metric, load.start_s) or 0)
 
-    # A few requests before the load and the next load's 8, when Prometheus reads late, are up to 3 %.
-    assert increase("sum(ray_vllm_generation_tokens_total)") == pytest.approx(load.total_output_tokens, rel=0.03)
-    assert increase("sum(ray_vllm_request_success_total)") == pytest.approx(load.completed, rel=0.03)
+    # A few requests before the load and the next load's 8, when Prometheus reads late, add up to 3 %.
+    assert 0.99 < increase("sum(ray_vllm_generation_tokens_total)") / load.total_output_tokens < 1.03
+    assert 0.99 < increase("sum(ray_vllm_request_success_total)") / load.completed < 1.03
     ttft = "sum(ray_vllm_time_to_first_token_seconds_{})"
     engine_ttft_ms = 1000 * increase(ttft.format("sum")) / increase(ttft.format("count"))
     # What Ray Serve, HAProxy and the client add lies between the two. The engine's mean is as coarse as its buckets.
