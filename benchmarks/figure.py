@@ -16,7 +16,7 @@ from benchmarks import records
 IMAGES = Path(__file__).parent.parent / "images"
 PAGE, PREVIEW = IMAGES / "comparison.png", IMAGES / "social-preview.png"
 DPI = 120
-ON_PAGE = ("h200-default-path", "h200-vllm-serve")
+ON_PAGE = ("h200-default-path", "h200-vllm-serve", "h200-varied-lengths")
 NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's defaults"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
 COLORS = "black", "tab:orange"  # Different in grey, too
@@ -49,8 +49,10 @@ def rows_of(folder: Path) -> list[Row]:
         if all(label in points for points in both):
             load = point.get("rate", 0), point.get("concurrency", 0)
             lengths = "{input_len} tokens in, {output_len} out".format(**point)
+            varied = f" ±{point['range_ratio']:.0%}" if point["range_ratio"] else ""
+            said = label.replace(varied, "", 1).removeprefix("chat, ") + (varied and f", lengths{varied}")
             pair = [points[label] for points in both]
-            rows[label] = Row(load, label.removeprefix("chat, "), lengths, setup, found[0]["date"], names, pair)
+            rows[label] = Row(load, said, lengths, setup, found[0]["date"], names, pair)
     return sorted(rows.values(), key=lambda row: row.load)
 
 
@@ -94,7 +96,8 @@ def draw(rows: list[Row], yours: Sequence[Row] = ()) -> plt.Figure:
     axes[0].set_yticks([3 * number + y for number in range(len(rows)) for y in (0, 1)], names)
     axes[0].set_ylim(3 * len(rows) - 1.2, -1.4)
     said = [*dict.fromkeys(row.setup for row in rows), *(lengths if len(lengths) == 1 else ())]
-    said = ", ".join([*said, " and ".join(sorted({row.date for row in rows}))])
+    dates = sorted(row.date for row in rows)
+    said = ", ".join([*said, " to ".join(dict.fromkeys([dates[0], dates[-1]]))])
     figure.supxlabel("\n".join(textwrap.wrap(f"{said}. Gray: 95 % intervals", 110)), fontsize="small")
     return figure
 

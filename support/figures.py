@@ -164,4 +164,4 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     below.grid(alpha=0.3)
     title = f"{second_s:.0f} s after the load exceeded the target, a second replica ran"
     setup = setup_of(machine, 4 * OUTPUT_TOKENS)
-    return finish(figure, "autoscaling", title, f"{setup}, {4 * target} concurrent until then")
+    return finish(figure, "autoscaling", title, f"{setup}, up to {4 * target} concurrent until then")

@@ -10,12 +10,12 @@ import pytest
 from benchmarks import figure, records
 from benchmarks.servers import gpus
 from ci.common import ROOT
-from support.machine import FIT_ON_H200, MEMORY_GIB
 
 pytestmark = pytest.mark.section("The faster path")
 CITATION = re.compile(
     r"\[([\d,.]+) [^]]*\]"
-    r"\(benchmarks/results/([\w-]+)/([\w+-]+)\.json \"(\w+) at (\d+)(?:, over ([\w+-]+))?\"\)"
+    r"\(benchmarks/results/([\w-]+)/([\w+-]+)\.json"
+    r" \"(\w+) at (\d+(?: ±50%)?)(?:, over ([\w+-]+)(?: at (\d+(?: ±50%)?))?)?\"\)"
 )
 MEASURED = re.compile(
     r"\b\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
@@ -26,9 +26,9 @@ SERVERS = {
     "`vllm serve`": "vllm-serve",
     "`stream_interval=1`": "tutorial+stream-interval-1",
 }
-TENSOR_PARALLEL = "tensor-parallel-2+no-multicast"
-# Ray's default, in test_text_names_rays_defaults, and the stand-in's delays, in test_autoscaling_target_is_said_once
-CONSTANTS = {"20 s", "40 s", "30 s"}
+TWO, TENSOR_PARALLEL = "tutorial+two-replicas", "tensor-parallel-2+no-multicast"
+# Ray's default, in test_text_names_rays_defaults, and the recorded app's delay, in test_autoscaling_target_is_said_once
+CONSTANTS = {"20 s", "30 s"}
 # Of lost nodes, in ci/tests/nodes/test_nodes.py
 CONSTANTS |= {"15 seconds", "30 seconds", "60 seconds", "75 seconds", "120 seconds"}
 
@@ -40,32 +40,49 @@ def prose(notebook) -> dict[str, str]:
     return {cell.id: re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S) for cell in cells}
 
 
+def points_of(sitting: str) -> dict[str, dict]:
+    """What each server of a sitting had, by point."""
+    return {name: records.by_point(one) for name, one in records.read(records.RESULTS / sitting).items()}
+
+
+def at(load: str) -> str:
+    """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent"."""
+    concurrency, _, varied = load.partition(" ")
+    return f"chat{varied and f' {varied}'}, {concurrency} concurrent"
+
+
+def quoted(citation: tuple[str, ...]) -> records.Estimate:
+    """What the record has of a citation: a metric, or the ratio of two servers, each at its point."""
+    _, sitting, server, metric, load, other, other_load = citation
+    measured = points_of(sitting)
+    ours = measured[server][at(load)]
+    if not other:
+        return records.estimate(ours, metric)
+    return records.ratio(ours, measured[other][at(other_load or load)], metric)
+
+
 def test_each_number_equals_its_record(notebook):
     """A measured number in the text is a link to its record, whose title says where it stands there:
 
     [1.4 times](benchmarks/results/h200-default-path/tutorial.json "output_tok_s at 128, over default-path")
+
+    "at 128 ±50%" stands for lengths that vary, "over tutorial at 96" for another load of the other server.
     """
     citations = [citation for text in prose(notebook).values() for citation in CITATION.findall(text)]
     assert len(citations) == sum(cell.source.count("](benchmarks/results/") for cell in notebook.cells) > 4
-    for said, sitting, server, metric, concurrency, other in citations:
-        measured, point = records.read(records.RESULTS / sitting), f"chat, {concurrency} concurrent"
-        ours = records.by_point(measured[server])[point]
-        theirs = other and records.by_point(measured[other])[point]
-        number = (records.ratio(ours, theirs, metric) if other else records.estimate(ours, metric)).value
+    for citation in citations:
+        said, number = citation[0], quoted(citation).value
         digits = len(said.partition(".")[2])
-        assert said == f"{number:,.{digits}f}", (
-            f"{sitting}/{server} {metric} at {concurrency}: the record says {number}"
-        )
+        assert said == f"{number:,.{digits}f}", f"{citation}: the record says {number}"
 
 
 def test_text_says_what_may_not_be_claimed(notebook):
     """A ratio of fewer than five repetitions says how many, one whose interval includes 1 that it is noise."""
     for text in prose(notebook).values():
         for row in [line for line in text.splitlines() if CITATION.search(line) and ", over " in line]:
-            _, sitting, server, metric, concurrency, other = CITATION.findall(row)[-1]
-            points = [records.by_point(records.read(records.RESULTS / sitting)[name]) for name in (server, other)]
-            found = records.ratio(*(point[f"chat, {concurrency} concurrent"] for point in points), metric)
-            few, noise = found.repetitions < records.CLAIM_REPETITIONS, found.interval[0] <= 1 <= found.interval[1]
+            found = [quoted(citation) for citation in CITATION.findall(row) if citation[5]]
+            few = any(one.repetitions < records.CLAIM_REPETITIONS for one in found)
+            noise = any(one.interval[0] <= 1 <= one.interval[1] for one in found)
             assert ("repetitions" in row) == few and ("within the noise" in row) == (noise and not few), (row, found)
 
 
@@ -79,13 +96,14 @@ def test_no_number_stands_without_its_record(each_notebook):
 
 def test_each_number_is_said_of_the_server_that_was_measured(cell):
     """In each row of the table: the app, what it is compared with, and the ratio of the two."""
-    rows = [line for line in cell("compare").splitlines() if CITATION.search(line)]
+    rows = [line for line in cell("compare").splitlines() if line.startswith("|") and CITATION.search(line)]
     for row in rows:
         [other] = [server for name, server in SERVERS.items() if name in CITATION.sub("", row)]
-        found = [(server, over) for _, _, server, _, _, over in CITATION.findall(row)]
+        found = [(server, over) for _, _, server, _, _, over, _ in CITATION.findall(row)]
         assert found == [("tutorial", ""), (other, ""), ("tutorial", other)], row
-        assert {point for _, _, _, _, point, _ in CITATION.findall(row)} == {row.split("|")[1].strip()}
-    assert len(rows) == 3
+        [load] = {load for _, _, _, _, load, _, _ in CITATION.findall(row)}
+        assert load.replace(" ±50%", ", lengths vary") == row.split("|")[1].strip()
+    assert len(rows) == 4
 
 
 @pytest.fixture(scope="module")
@@ -117,31 +135,46 @@ def test_tables_of_the_records_are_theirs(guide):
     tables = guide.partition("| Sitting | Concurrent |")[2].split("| Sitting | Load |")
     rows, found = [], []
     for number, table in enumerate(tables):
-        for row in re.findall(r"^\| `([\w-]+)` \| ([\w /]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
+        table = table.partition("\n\n")[0]
+        for row in re.findall(r"^\| `([\w-]+)` \| ([\w /±%]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
             sitting, load, *_ = row
             measured = records.read(records.RESULTS / sitting)
             servers = [measured.pop("tutorial"), *measured.values()]
-            point = f"chat, {load}" if "requests" in load else f"chat, {load} concurrent"
+            point = f"chat, {load}" if "requests" in load else at(load)
             pair = [records.by_point(record)[point] for record in servers]
             cores = "{:.2f} / {:.2f}".format(*(cores_of(record, point, "replica or API server") for record in servers))
             first_token = said_of(pair, "ttft_p50_ms"), said_of(pair, "ttft_p99_ms")
             rows.append(row)
             found.append((sitting, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
-    assert len(rows) == 12
+    assert len(rows) == 15
     assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
 
 
-def test_table_of_two_gpus_is_that_of_its_record(guide):
-    """Two replicas with one GPU each, beside one that has both."""
-    measured = {n: records.by_point(one) for n, one in records.read(records.RESULTS / "h200-two-gpus").items()}
-    table = guide.partition("| `h200-two-gpus`, concurrent |")[2].partition("\n\n")[0]
-    rows, found = re.findall(r"^\| (\d+) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
-    for row in rows:
-        pair = [measured[name][f"chat, {row[0]} concurrent"] for name in ("tutorial+two-replicas", TENSOR_PARALLEL)]
+@pytest.mark.parametrize(
+    "title, one, other, expected",
+    [
+        ("two replicas / tensor parallelism", (TWO, ""), (TENSOR_PARALLEL, ""), 3),
+        ("two replicas / one", (TWO, "192 ±50%"), ("tutorial", "96 ±50%"), 1),
+        ("router / HAProxy", (TWO, "192 ±50%"), (f"{TWO}+no-router", "192 ±50%"), 1),
+    ],
+)
+def test_tables_of_two_gpus_are_those_of_their_records(guide, title, one, other, expected):
+    """Each server with its load: that of the row, where none is given."""
+    head, _, table = guide.partition(f"Output tokens per second, {title}: ratio |")
+    table = table.partition("\n\n")[0]
+    rows, found = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
+    for sitting, load, *_ in rows:
+        pair = [points_of(sitting)[server][at(its or load)] for server, its in (one, other)]
         metrics = said_of(pair, "output_tok_s"), said_of(pair, "ttft_p50_ms"), said_of(pair, "tpot_p50_ms", 1)
-        found.append((row[0], *metrics))
-    assert len(rows) == 2
-    assert rows == found, "\n".join(f"| {' | '.join(row)} |" for row in found)
+        found.append((sitting, load, *metrics))
+    assert len(rows) == expected
+    assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
+
+
+def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
+    measured = points_of("h200-engine-processes")
+    pair = [measured[name][at("128")] for name in ("vllm-serve+two-process-engine", "vllm-serve")]
+    assert f"`h200-engine-processes`: {said_of(pair, 'output_tok_s')} at 128" in guide.replace("\n", " ")
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):
@@ -178,7 +211,8 @@ def test_gaps_between_chunks_are_those_of_the_records(guide):
     for server in ("tutorial", "tutorial+stream-interval-1"):
         cells = [c for file in records.RESULTS.glob(f"*/{server}.json") for c in json.loads(file.read_text())["cells"]]
         for concurrency in (128, 256):
-            ms = [c["chunk_gap_ms"]["p50"] for c in cells if c["point"].get("concurrency") == concurrency]
+            same = [c for c in cells if c["point"].get("concurrency") == concurrency and not c["point"]["range_ratio"]]
+            ms = [c["chunk_gap_ms"]["p50"] for c in same]
             found += [round(min(ms)), round(max(ms))]
     said = "The median gap between two chunks is {} to {} ms at 128 concurrent requests and {} to {} ms at 256, "
     said += "in place of {} to {} ms and {} to {} ms"
@@ -222,52 +256,3 @@ def test_price_at_the_top_is_the_records(cell):
     said = f"At ${price} an hour and busy {float(utilization):.0%}".replace("%", " %")
     text = re.sub(r"[\\*]", "", cell("title"))
     assert said in text and f"a million output tokens for ${million}, for prompts" in text
-
-
-@pytest.fixture(scope="module")
-def arithmetic(cell):
-    names = {}
-    exec(cell("kv-arithmetic"), names)
-    return names
-
-
-@pytest.mark.section("Scale with the load")
-def test_room_of_the_smallest_gpu_for_the_autoscaling_target(arithmetic, cell):
-    fit = arithmetic["kv_cache_tokens"](MEMORY_GIB["A10G, L4"]) / 700
-    assert fit == pytest.approx(50, abs=2) and "holds about 50 requests of 700 tokens" in cell("about-autoscaling")
-    target = int(re.search(r'TARGET_ONGOING_REQUESTS: "(\d+)"', cell("service-yaml"))[1])
-    assert "ACCELERATOR_TYPE: L4" in cell("service-yaml") and target < fit
-    assert f"TARGET_ONGOING_REQUESTS={target}`" in cell("about-autoscaling")
-
-
-@pytest.mark.section("Improve concurrency")
-def test_a_token_takes_what_the_text_says(arithmetic, cell):
-    assert arithmetic["KV_BYTES_PER_TOKEN"] == 128 * 2**10 and "128 KiB, so 8,192 of them are exactly 1 GiB" in cell(
-        "about-comparison"
-    )
-
-
-@pytest.mark.section("Improve concurrency")
-@pytest.mark.parametrize("fp8", [False, True])
-def test_kv_arithmetic_against_the_engines_log(arithmetic, fp8):
-    """The notebook's formula is within 3 % of what the engine logged on an H200, whose mark is in the figure."""
-    kv_cache = json.loads((ROOT / "benchmarks" / "results" / "h200-kv-cache.json").read_text())
-    measured = kv_cache["runs"][fp8]["kv_cache_tokens"]
-    assert arithmetic["kv_cache_tokens"](kv_cache["memory_mib"] / 1024, fp8) == pytest.approx(measured, rel=0.03)
-    assert FIT_ON_H200[fp8] == pytest.approx(measured / 8192, abs=0.01)
-    assert MEMORY_GIB["H200"] == pytest.approx(kv_cache["memory_mib"] / 1024, abs=0.1)
-
-
-@pytest.mark.section("Improve concurrency")
-def test_arithmetic_takes_the_share_of_the_memory_that_the_text_names(arithmetic, cell):
-    """Where vLLM is installed, ci/tests/test_engine.py compares this share with the engine's."""
-    said = re.search(r"`gpu_memory_utilization`, (\d\.\d+) by default", cell("dashboard"))[1]
-    one_gib_more = arithmetic["kv_cache_tokens"](41) - arithmetic["kv_cache_tokens"](40)
-    assert one_gib_more * arithmetic["KV_BYTES_PER_TOKEN"] / 2**30 == pytest.approx(float(said))
-
-
-@pytest.mark.section("Improve concurrency")
-def test_two_gpus_hold_the_weights_once(arithmetic):
-    one, two = arithmetic["kv_cache_tokens"](79.6), arithmetic["kv_cache_tokens"](79.6, gpu_count=2)
-    weights = 2 * 8.03e9 / arithmetic["KV_BYTES_PER_TOKEN"]
-    assert two - 2 * one == pytest.approx(weights, rel=0.001)

@@ -40,4 +40,4 @@ def test_records_say_what_was_run_and_when():
     for name, one in record.read_records().items():
         said = one.metadata.recorded
         assert all(word in said for word in ("Ray ", "vLLM ", ", 20")), f"{name}: {said}"
-        assert ("random weights" in said) == (name == "h200"), f"{name}: {said}"
+        assert ("random weights" in said) == ("h200" in name), f"{name}: {said}"

@@ -28,7 +28,7 @@ PARTS = {
     "sweep": "h200",
     "draw-sweep": "h200",
     "cost": "h200",
-    "autoscale": "stand-in",
+    "autoscale": "two-h200s",
     "serve-shutdown": "h200",
     "stop-ray": "h200",
     "chat-check": "beyond-chat",
@@ -56,7 +56,7 @@ FIGURES = {  # What a figure shows, for those who don't see it
 }
 # What every later output depends on
 TUTORIAL = ("serve-app", "start-ray")
-BASIS = {"h200": TUTORIAL, "stand-in": TUTORIAL, "beyond-chat": ("chat-start", "tools-app")}
+BASIS = {"h200": TUTORIAL, "two-h200s": TUTORIAL, "stand-in": TUTORIAL, "beyond-chat": ("chat-start", "tools-app")}
 
 
 def read_records() -> dict[str, nbformat.NotebookNode]:

@@ -28,6 +28,6 @@ def test_one_of_two_replicas_dies_and_later_requests_succeed(served):
         time.sleep(3)
         wait_for(lambda: running_replicas() == 2, "second replica", 400)
         print(f"Two replicas again {time.monotonic() - killed_s:.0f} s after the death of one")
-    assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
     failed = report("One of two replicas dies", outcomes, killed_s)
+    assert set(whole) == {True, False}, "Some of the streams were on the replica that died, some on the other"
     assert not [one for one in failed if one[0] > killed_s + 1], failed
