@@ -113,7 +113,7 @@ def test_code_is_highlighted_and_can_be_copied(page):
         language = re.search(r"highlight-([\w-]+)", kind)[1]
         if language in {"text", "myst-ansi"}:  # What a run printed
             assert not buttons and text.startswith(
-                ("# H200, random weights,", "# The stand-in on ", "(anyscale ", "s3://")
+                ("# H200, random weights,", "# Two H200s, random ", "# The stand-in on ", "(anyscale ", "s3://")
             ), text
             continue
         assert language in {"python", "ipython3", "bash", "yaml", "dockerfile"}, f"{language}: {text[:80]}"
