@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import cache
 from statistics import fmean
 
 import numpy as np
@@ -24,7 +25,6 @@ MEASURED = re.compile(
 SERVERS = {
     "Ray Serve's defaults": "default-path",
     "`vllm serve`": "vllm-serve",
-    "`stream_interval=1`": "tutorial+stream-interval-1",
 }
 TWO, TENSOR_PARALLEL = "tutorial+two-replicas", "tensor-parallel-2+no-multicast"
 # Ray's default, in test_text_names_rays_defaults, and the recorded app's delay, in test_autoscaling_target_is_said_once
@@ -40,6 +40,7 @@ def prose(notebook) -> dict[str, str]:
     return {cell.id: re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S) for cell in cells}
 
 
+@cache
 def points_of(sitting: str) -> dict[str, dict]:
     """What each server of a sitting had, by point."""
     return {name: records.by_point(one) for name, one in records.read(records.RESULTS / sitting).items()}
@@ -51,7 +52,7 @@ def at(load: str) -> str:
     return f"chat{varied and f' {varied}'}, {concurrency} concurrent"
 
 
-def quoted(citation: tuple[str, ...]) -> records.Estimate:
+def cited(citation: tuple[str, ...]) -> records.Estimate:
     """What the record has of a citation: a metric, or the ratio of two servers, each at its point."""
     _, sitting, server, metric, load, other, other_load = citation
     measured = points_of(sitting)
@@ -71,7 +72,7 @@ def test_each_number_equals_its_record(notebook):
     citations = [citation for text in prose(notebook).values() for citation in CITATION.findall(text)]
     assert len(citations) == sum(cell.source.count("](benchmarks/results/") for cell in notebook.cells) > 4
     for citation in citations:
-        said, number = citation[0], quoted(citation).value
+        said, number = citation[0], cited(citation).value
         digits = len(said.partition(".")[2])
         assert said == f"{number:,.{digits}f}", f"{citation}: the record says {number}"
 
@@ -80,7 +81,7 @@ def test_text_says_what_may_not_be_claimed(notebook):
     """A ratio of fewer than five repetitions says how many, one whose interval includes 1 that it is noise."""
     for text in prose(notebook).values():
         for row in [line for line in text.splitlines() if CITATION.search(line) and ", over " in line]:
-            found = [quoted(citation) for citation in CITATION.findall(row) if citation[5]]
+            found = [cited(citation) for citation in CITATION.findall(row) if citation[5]]
             few = any(one.repetitions < records.CLAIM_REPETITIONS for one in found)
             noise = any(one.interval[0] <= 1 <= one.interval[1] for one in found)
             assert ("repetitions" in row) == few and ("within the noise" in row) == (noise and not few), (row, found)
@@ -160,8 +161,7 @@ def test_tables_of_the_records_are_theirs(guide):
 )
 def test_tables_of_two_gpus_are_those_of_their_records(guide, title, one, other, expected):
     """Each server with its load: that of the row, where none is given."""
-    head, _, table = guide.partition(f"Output tokens per second, {title}: ratio |")
-    table = table.partition("\n\n")[0]
+    table = guide.partition(f"Output tokens per second, {title}: ratio |")[2].partition("\n\n")[0]
     rows, found = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
     for sitting, load, *_ in rows:
         pair = [points_of(sitting)[server][at(its or load)] for server, its in (one, other)]
