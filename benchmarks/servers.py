@@ -164,7 +164,7 @@ def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
     }
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     subprocess.run([*ray, "get-auth-token", "--generate"], check=True, capture_output=True)
-    head = f"""start --head --block --disable-usage-stats --num-cpus={max(8, os.cpu_count())} --port={gcs}
+    head = f"""start --head --block --disable-usage-stats --num-cpus={max(8, len(os.sched_getaffinity(0)))} --port={gcs}
         --dashboard-port={dashboard} --ray-client-server-port={client} --dashboard-agent-listen-port={agent}
         --min-worker-port=0 --max-worker-port=0 --temp-dir={folder}"""
     deploy = [sys.executable, "-m", "benchmarks.app", str(http)]
