@@ -16,7 +16,7 @@ from benchmarks import records
 IMAGES = Path(__file__).parent.parent / "images"
 PAGE, PREVIEW = IMAGES / "comparison.png", IMAGES / "social-preview.png"
 DPI = 120
-ON_PAGE = ("h200-default-path", "h200-vllm-serve", "h200-varied-lengths")
+ON_PAGE = ("h200-default-path-32", "h200-default-path", "h200-vllm-serve", "h200-varied-lengths")
 NAMES = {"tutorial": "this app", "vllm-serve": "vllm serve", "default-path": "Ray Serve's defaults"}
 PANELS = {"output_tok_s": "Output tokens per second", "ttft_p50_ms": "First token, ms (median)"}
 COLORS = "black", "tab:orange"  # Different in grey, too

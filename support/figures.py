@@ -39,8 +39,11 @@ def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Fi
     each observation of a histogram to the middle of its bucket, so the engine's latencies are as coarse as those.
     """
     table = pd.DataFrame(samples).fillna(0)
-    change = table.diff()
     start_s = min(seen["start_times"])
+    # Ray exports about as often as the samples are taken. One that repeats the last would make the next rate a double.
+    repeats = (table.drop(columns="time_s").diff() == 0).all(axis=1) & (table["time_s"] > start_s)
+    table = table[~repeats]
+    change = table.diff()
     time_s = table["time_s"] - start_s
 
     def mean_ms(histogram: str) -> pd.Series:

@@ -26,7 +26,7 @@ SERVERS = {
     "Ray Serve's defaults": "default-path",
     "`vllm serve`": "vllm-serve",
 }
-TWO, TENSOR_PARALLEL = "tutorial+two-replicas", "tensor-parallel-2+no-multicast"
+TWO, TENSOR_PARALLEL, FP8 = "tutorial+two-replicas", "tensor-parallel-2+no-multicast", "fp8-per-channel"
 # Ray's default, in test_text_names_rays_defaults, and the recorded app's delay, in test_autoscaling_target_is_said_once
 CONSTANTS = {"20 s", "30 s"}
 # Of lost nodes, in ci/tests/nodes/test_nodes.py
@@ -47,9 +47,10 @@ def points_of(sitting: str) -> dict[str, dict]:
 
 
 def at(load: str) -> str:
-    """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent"."""
+    """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent", and "mlperf, 256" names its lengths."""
+    workload, _, load = load.rpartition(", ")
     concurrency, _, varied = load.partition(" ")
-    return f"chat{varied and f' {varied}'}, {concurrency} concurrent"
+    return f"{workload or 'chat'}{varied and f' {varied}'}, {concurrency} concurrent"
 
 
 def cited(citation: tuple[str, ...]) -> records.Estimate:
@@ -95,16 +96,18 @@ def test_no_number_stands_without_its_record(each_notebook):
     assert not any(free.values()), {name: numbers for name, numbers in free.items() if numbers}
 
 
-def test_each_number_is_said_of_the_server_that_was_measured(cell):
-    """In each row of the table: the app, what it is compared with, and the ratio of the two."""
-    rows = [line for line in cell("compare").splitlines() if line.startswith("|") and CITATION.search(line)]
-    for row in rows:
-        [other] = [server for name, server in SERVERS.items() if name in CITATION.sub("", row)]
-        found = [(server, over) for _, _, server, _, _, over, _ in CITATION.findall(row)]
-        assert found == [("tutorial", ""), (other, ""), ("tutorial", other)], row
-        [load] = {load for _, _, _, _, load, _, _ in CITATION.findall(row)}
-        assert load.replace(" ±50%", ", lengths vary") == row.split("|")[1].strip()
-    assert len(rows) == 4
+def test_each_ratio_stands_where_its_server_and_load_do(cell):
+    """The app over the server that the table's head names, at the load that the row does."""
+    head, _, *rows = [line.split("|")[1:-1] for line in cell("compare").splitlines() if line.startswith("|")]
+    found = 0
+    for load, *ratios in rows:
+        for title, ratio in zip(head[1:], ratios, strict=True):
+            [other] = [server for name, server in SERVERS.items() if name in title]
+            point = load.strip() + " ±50%" * ("lengths vary" in title)
+            for citation in CITATION.findall(ratio):
+                assert citation[2:] == ("tutorial", "output_tok_s", point, other, ""), title
+                found += 1
+    assert found == 7
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +150,20 @@ def test_tables_of_the_records_are_theirs(guide):
             first_token = said_of(pair, "ttft_p50_ms"), said_of(pair, "ttft_p99_ms")
             rows.append(row)
             found.append((sitting, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
-    assert len(rows) == 15
+    assert len(rows) == 19
     assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
 
 
 @pytest.mark.parametrize(
     "title, one, other, expected",
     [
-        ("two replicas / tensor parallelism", (TWO, ""), (TENSOR_PARALLEL, ""), 3),
+        ("two replicas / tensor parallelism", (TWO, ""), (TENSOR_PARALLEL, ""), 4),
         ("two replicas / one", (TWO, "192 ±50%"), ("tutorial", "96 ±50%"), 1),
         ("router / HAProxy", (TWO, "192 ±50%"), (f"{TWO}+no-router", "192 ±50%"), 1),
+        ("tutorial / `vllm serve`, both in FP8", (f"tutorial+{FP8}", ""), (f"vllm-serve+{FP8}", ""), 3),
     ],
 )
-def test_tables_of_two_gpus_are_those_of_their_records(guide, title, one, other, expected):
+def test_tables_of_pairs_are_those_of_their_records(guide, title, one, other, expected):
     """Each server with its load: that of the row, where none is given."""
     table = guide.partition(f"Output tokens per second, {title}: ratio |")[2].partition("\n\n")[0]
     rows, found = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
@@ -175,6 +179,19 @@ def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
     measured = points_of("h200-engine-processes")
     pair = [measured[name][at("128")] for name in ("vllm-serve+two-process-engine", "vllm-serve")]
     assert f"`h200-engine-processes`: {said_of(pair, 'output_tok_s')} at 128" in guide.replace("\n", " ")
+
+
+def test_seconds_of_a_start_are_those_of_the_record(guide):
+    runs = json.loads((records.RESULTS / "h200-starts.json").read_text())["runs"]
+    assert [(run["server"], run["caches"]) for run in runs[::3]] == [("tutorial", "empty"), ("vllm-serve", "kept")]
+    phases = [{"first_token": run["first_token_s"], "rest": 0} | run["phases_s"] for run in runs]
+    for run in phases:
+        run["rest"] = run["first_token"] - run["until_engine"] - run["engine_init"]
+    table = guide.partition("| Seconds | tutorial, caches empty |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    names = "first_token", "until_engine", "engine_init", "compilation", "graph_capture", "rest"
+    found = [[f"{run[name]:.0f}" for run in phases] for name in names]
+    assert [row[1:] for row in rows] == found, found
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):

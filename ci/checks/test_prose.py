@@ -24,7 +24,7 @@ NUMBERS = {
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
-    "levers": "256",  # test_sweep_goes_up_to_what_a_replica_works_on
+    "levers": "256 32",  # test_sweep_goes_up_to_what_a_replica_works_on; the load of a record
     "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
@@ -202,7 +202,8 @@ def test_panels_show_milliseconds(tmp_path, monkeypatch):
         last |= {f"ray_vllm_{name}_seconds_sum": 10 * mean_s, f"ray_vllm_{name}_seconds_count": 10.0}
     seen = {"start_times": [0.0], "itls": [[0.005, 0.005]], "output_lens": [3], "ttfts": [0.04]}
     seen |= {"median_ttft_ms": 40.0, "output_throughput": 400.0, "max_concurrency": 16, "completed": 10}
-    figure = figures.draw_monitoring([first, first | last], seen, Machine("", "", "", 1, False))
+    repeats = first | {"time_s": 1.0}  # Ray exported nothing in between: no rate starts here.
+    figure = figures.draw_monitoring([first, repeats, first | last], seen, Machine("", "", "", 1, False))
     drawn = {axis.get_title("left"): [line.get_ydata()[-1] for line in axis.get_lines()] for axis in figure.axes}
     assert {title: pytest.approx(values) for title, values in drawn.items()} == {
         "Output tokens per second": [400],
