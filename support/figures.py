@@ -118,7 +118,10 @@ def draw_sweep(sweep: pd.DataFrame, slo_ms: float, machine: Machine) -> plt.Figu
     kept = sweep.index[sweep["p99_ttft_ms"] <= slo_ms]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5), sharex=True, layout="constrained")
     left.plot(sweep.index, sweep["output_throughput"], "o-", color=ENGINE)
-    left.axvline(knee_of(sweep), color="0.6", linestyle=":", label=f"knee: {knee_of(sweep)} concurrent")
+    knee = knee_of(sweep)
+    if knee < sweep.index[-1]:
+        left.axvline(knee, color="0.6", linestyle=":", label=f"growth ends: {knee} concurrent")
+        left.legend()
     left.set_title("Output tokens per second", loc="left")
     left.set_ylim(0, 1.1 * sweep["output_throughput"].max())
     left.yaxis.set_major_formatter("{x:,.0f}")
@@ -136,13 +139,13 @@ def draw_sweep(sweep: pd.DataFrame, slo_ms: float, machine: Machine) -> plt.Figu
         axis.set_xlabel("concurrent requests")
         axis.margins(x=0.08)
         axis.grid(alpha=0.3)
-        axis.legend()
+    right.legend()
     answer = f"{kept.max()} concurrent requests keep the SLO" if len(kept) else "No concurrency keeps the SLO"
     return finish(
         figure,
         "sweep",
-        f"{answer}, and throughput grows up to {knee_of(sweep)}",
-        f"{setup_of(machine)}, n = 4 for each concurrent request, 8 at least",
+        f"{answer}, and throughput {'grows up to' if knee < sweep.index[-1] else 'still grows at'} {knee}",
+        f"{setup_of(machine)}, n = 4 times the concurrency, 8 at least",
     )
 
 
@@ -167,4 +170,5 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     below.grid(alpha=0.3)
     title = f"{second_s:.0f} s after the load exceeded the target, a second replica ran"
     setup = setup_of(machine, 4 * OUTPUT_TOKENS)
-    return finish(figure, "autoscaling", title, f"{setup}, up to {4 * target} concurrent until then")
+    load = f"two loads of {2 * target} concurrent until the second replica runs. Dips: one of them starts again"
+    return finish(figure, "autoscaling", title, f"{setup}, {load}")

@@ -77,7 +77,7 @@ def test_notebook_and_terminal_start_the_same_ray(calls_of_ray, cell, tmp_path):
         arguments.append(set(calls[1][0]))
     assert arguments[0] < arguments[1], "The terminal's Ray has an option that the notebook's hasn't"
     extra = {argument.split("=")[0] for argument in arguments[1] - arguments[0]}
-    assert extra == {"--metrics-export-port", "--num-cpus"}, f"The terminal's Ray lacks {extra}"
+    assert extra == {"--num-cpus"}, f"The terminal's Ray lacks {extra}"
 
 
 def test_ray_ends_with_the_notebook(tmp_path, monkeypatch):

@@ -3,14 +3,12 @@
 import json
 import re
 from functools import cache
-from statistics import fmean
 
-import numpy as np
 import pytest
 
 from benchmarks import figure, records
 from benchmarks.servers import gpus
-from ci.common import ROOT
+from ci.common import ROOT, read_notebook
 
 pytestmark = pytest.mark.section("The faster path")
 CITATION = re.compile(
@@ -26,7 +24,6 @@ SERVERS = {
     "Ray Serve's defaults": "default-path",
     "`vllm serve`": "vllm-serve",
 }
-TWO, TENSOR_PARALLEL, FP8 = "tutorial+two-replicas", "tensor-parallel-2+no-multicast", "fp8-per-channel"
 # Ray's default, in test_text_names_rays_defaults, and the recorded app's delay, in test_autoscaling_target_is_said_once
 CONSTANTS = {"20 s", "30 s"}
 # Of lost nodes, in ci/tests/nodes/test_nodes.py
@@ -110,130 +107,13 @@ def test_each_ratio_stands_where_its_server_and_load_do(cell):
     assert found == 7
 
 
-@pytest.fixture(scope="module")
-def guide():
-    """benchmarks/README.md"""
-    return (ROOT / "benchmarks" / "README.md").read_text()
-
-
-def said_of(pair: list[dict], metric: str, digits: int = 0) -> str:
-    """A metric of two servers, from the repetitions that both have, and its ratio."""
-    shared = pair[0].keys() & pair[1].keys()
-    one, other = (records.estimate({n: cells[n] for n in shared}, metric).value for cells in pair)
-    ratio = records.ratio(*pair, metric)
-    few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
-    said = f"{one:,.{digits}f} / {other:,.{digits}f}: "
-    return said + "{:.3f} ({:.3f} to {:.3f})".format(ratio.value, *ratio.interval) + few
-
-
-def cells_of(record: dict, point: str) -> list[dict]:
-    return [cell for cell in record["cells"] if records.label(cell["point"]) == point]
-
-
-def cores_of(record: dict, point: str, *kinds: str) -> float:
-    return fmean(sum(cell["cores"].get(kind, 0) for kind in kinds) for cell in cells_of(record, point))
-
-
-def test_tables_of_the_records_are_theirs(guide):
-    """ "What the records show": both servers, ratio, interval, and the CPU of the replica."""
-    tables = guide.partition("| Sitting | Concurrent |")[2].split("| Sitting | Load |")
-    rows, found = [], []
-    for number, table in enumerate(tables):
-        table = table.partition("\n\n")[0]
-        for row in re.findall(r"^\| `([\w-]+)` \| ([\w /±%]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
-            sitting, load, *_ = row
-            measured = records.read(records.RESULTS / sitting)
-            servers = [measured.pop("tutorial"), *measured.values()]
-            point = f"chat, {load}" if "requests" in load else at(load)
-            pair = [records.by_point(record)[point] for record in servers]
-            cores = "{:.2f} / {:.2f}".format(*(cores_of(record, point, "replica or API server") for record in servers))
-            first_token = said_of(pair, "ttft_p50_ms"), said_of(pair, "ttft_p99_ms")
-            rows.append(row)
-            found.append((sitting, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
-    assert len(rows) == 19
-    assert rows == found, "\n".join("| `{}` | {} | {} | {} |".format(*row) for row in found)
-
-
-@pytest.mark.parametrize(
-    "title, one, other, expected",
-    [
-        ("two replicas / tensor parallelism", (TWO, ""), (TENSOR_PARALLEL, ""), 4),
-        ("two replicas / one", (TWO, "192 ±50%"), ("tutorial", "96 ±50%"), 1),
-        ("router / HAProxy", (TWO, "192 ±50%"), (f"{TWO}+no-router", "192 ±50%"), 1),
-        ("tutorial / `vllm serve`, both in FP8", (f"tutorial+{FP8}", ""), (f"vllm-serve+{FP8}", ""), 3),
-    ],
-)
-def test_tables_of_pairs_are_those_of_their_records(guide, title, one, other, expected):
-    """Each server with its load: that of the row, where none is given."""
-    table = guide.partition(f"Output tokens per second, {title}: ratio |")[2].partition("\n\n")[0]
-    rows, found = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
-    for sitting, load, *_ in rows:
-        pair = [points_of(sitting)[server][at(its or load)] for server, its in (one, other)]
-        metrics = said_of(pair, "output_tok_s"), said_of(pair, "ttft_p50_ms"), said_of(pair, "tpot_p50_ms", 1)
-        found.append((sitting, load, *metrics))
-    assert len(rows) == expected
-    assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
-
-
-def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
-    measured = points_of("h200-engine-processes")
-    pair = [measured[name][at("128")] for name in ("vllm-serve+two-process-engine", "vllm-serve")]
-    assert f"`h200-engine-processes`: {said_of(pair, 'output_tok_s')} at 128" in guide.replace("\n", " ")
-
-
-def test_seconds_of_a_start_are_those_of_the_record(guide):
-    runs = json.loads((records.RESULTS / "h200-starts.json").read_text())["runs"]
-    assert [(run["server"], run["caches"]) for run in runs[::3]] == [("tutorial", "empty"), ("vllm-serve", "kept")]
-    phases = [{"first_token": run["first_token_s"], "rest": 0} | run["phases_s"] for run in runs]
-    for run in phases:
-        run["rest"] = run["first_token"] - run["until_engine"] - run["engine_init"]
-    table = guide.partition("| Seconds | tutorial, caches empty |")[2].partition("\n\n")[0]
-    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
-    names = "first_token", "until_engine", "engine_init", "compilation", "graph_capture", "rest"
-    found = [[f"{run[name]:.0f}" for run in phases] for name in names]
-    assert [row[1:] for row in rows] == found, found
-
-
-def test_cores_of_the_machine_are_those_of_the_records(guide):
-    found = []
-    for record in records.read(records.RESULTS / "h200-vllm-serve").values():
-        cores = [cores_of(record, point, "machine") for point in records.by_point(record)]
-        found += [min(cores), max(cores)]
-    said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
-    assert said.format(*found) in guide.replace("\n", " ")
-
-
-def test_milliseconds_of_cpu_for_a_request_are_those_of_the_records(guide):
-    rest = ("controller", "gcs", "raylet", "proxy actor", "other")
-    kinds = {"HAProxy": ("haproxy",), "the rest of Ray": rest}
-    table = guide.partition("| Process | tutorial, 128 concurrent |")[2].partition("\n\n")[0]
-    rows = re.findall(r"^\| ([\w ]+) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M)
-    measured, found = records.read(records.RESULTS / "h200-vllm-serve"), []
-    for name, *_ in rows:
-        row = [name]
-        for concurrent in (128, 256):
-            for record in (measured["tutorial"], measured["vllm-serve"]):
-                point = f"chat, {concurrent} concurrent"
-                cores = cores_of(record, point, *kinds.get(name, (name,)))
-                cells = cells_of(record, point)
-                requests_s = fmean(c["requests"] / np.add(c["start"], c["latency"]).max() * 1e4 for c in cells)
-                row.append(f"{1000 * cores / requests_s:.1f}" if cores else "none")
-        found.append(tuple(row))
-    assert len(rows) == 6
-    assert rows == found, "\n".join(f"| {' | '.join(row)} |" for row in found)
-
-
-def test_gaps_between_chunks_are_those_of_the_records(guide):
-    found = []
-    for server in ("tutorial", "tutorial+stream-interval-1"):
-        cells = [c for file in records.RESULTS.glob(f"*/{server}.json") for c in json.loads(file.read_text())["cells"]]
-        for concurrency in (128, 256):
-            same = [c for c in cells if c["point"].get("concurrency") == concurrency and not c["point"]["range_ratio"]]
-            ms = [c["chunk_gap_ms"]["p50"] for c in same]
-            found += [round(min(ms)), round(max(ms))]
-    said = "The median gap between two chunks is {} to {} ms at 128 concurrent requests and {} to {} ms at 256, "
-    said += "in place of {} to {} ms and {} to {} ms"
-    assert said.format(*found) in guide.replace("\n", " ")
+def test_requests_that_a_fault_failed_are_those_of_the_record():
+    update, death = json.loads((records.RESULTS / "h200-faults.json").read_text())["runs"]
+    text = "".join(cell.source for cell in read_notebook("next_steps.ipynb").cells)
+    assert update["failed"] == death["failed"] == 0
+    assert f"none of {update['sent']:,} one-token requests failed" in text and 120 <= update["took_s"] < 130
+    said = f"none of {death['sent']:,} other one-token requests failed in the {death['two_replicas_again_s']} seconds"
+    assert said in (ROOT / "TROUBLESHOOTING.md").read_text()
 
 
 def test_first_figure_is_drawn_from_the_records(tmp_path, cell):

@@ -24,7 +24,7 @@ NUMBERS = {
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
-    "levers": "256 32",  # test_sweep_goes_up_to_what_a_replica_works_on; the load of a record
+    "levers": "96 256 32",  # test_sweep_goes_up_to_what_a_replica_works_on; the load of a record
     "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",

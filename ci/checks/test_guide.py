@@ -1,0 +1,167 @@
+"""Each number in benchmarks/README.md equals the record of it in benchmarks/results."""
+
+import json
+import re
+from statistics import fmean
+
+import numpy as np
+import pytest
+
+from benchmarks import records
+from ci.checks.test_numbers import SERVERS, at, points_of
+from ci.common import ROOT, read_notebook
+
+pytestmark = pytest.mark.section("The faster path")
+TWO, TENSOR_PARALLEL, FP8 = "tutorial+two-replicas", "tensor-parallel-2+no-multicast", "fp8-per-channel"
+
+
+@pytest.fixture(scope="module")
+def guide():
+    """benchmarks/README.md"""
+    return (ROOT / "benchmarks" / "README.md").read_text()
+
+
+def said_of(pair: list[dict], metric: str, digits: int = 0) -> str:
+    """A metric of two servers, from the repetitions that both have, and its ratio."""
+    shared = pair[0].keys() & pair[1].keys()
+    one, other = (records.estimate({n: cells[n] for n in shared}, metric).value for cells in pair)
+    ratio = records.ratio(*pair, metric)
+    few = f", {ratio.repetitions} repetitions" if ratio.repetitions < records.CLAIM_REPETITIONS else ""
+    said = f"{one:,.{digits}f} / {other:,.{digits}f}: "
+    return said + "{:.3f} ({:.3f} to {:.3f})".format(ratio.value, *ratio.interval) + few
+
+
+def cells_of(record: dict, point: str) -> list[dict]:
+    return [cell for cell in record["cells"] if records.label(cell["point"]) == point]
+
+
+def cores_of(record: dict, point: str, *kinds: str) -> float:
+    return fmean(sum(cell["cores"].get(kind, 0) for kind in kinds) for cell in cells_of(record, point))
+
+
+def test_tables_of_the_records_are_theirs(guide):
+    """ "What the records show": what the app stood beside, what both had, and the CPU of the replica."""
+    tables = guide.partition("| Sitting | Beside | Concurrent |")[2].split("| Sitting | Beside | Load |")
+    names, rows, found = {server: name.lower() for name, server in SERVERS.items()}, [], []
+    names |= {"default-path": "default path", "tutorial+stream-interval-1": "`stream_interval=1`"}
+    for number, table in enumerate(tables):
+        table = table.partition("\n\n")[0]
+        for row in re.findall(r"^\| `([\w-]+)` \| (.+?) \| ([\w /±%]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
+            sitting, _, load, *_ = row
+            measured = records.read(records.RESULTS / sitting)
+            servers = [measured.pop("tutorial"), *measured.values()]
+            point = f"chat, {load}" if "requests" in load else at(load)
+            pair = [records.by_point(record)[point] for record in servers]
+            cores = "{:.2f} / {:.2f}".format(*(cores_of(record, point, "replica or API server") for record in servers))
+            first_token = said_of(pair, "ttft_p50_ms"), said_of(pair, "ttft_p99_ms")
+            rows.append(row)
+            beside = names[servers[1]["server"]]
+            found.append((sitting, beside, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
+    assert len(rows) == 20
+    assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
+
+
+@pytest.mark.parametrize(
+    "title, one, other, expected",
+    [
+        ("two replicas / tensor parallelism", (TWO, ""), (TENSOR_PARALLEL, ""), 4),
+        ("two replicas / one", (TWO, "192 ±50%"), ("tutorial", "96 ±50%"), 1),
+        ("router / HAProxy", (TWO, "192 ±50%"), (f"{TWO}+no-router", "192 ±50%"), 1),
+        ("tutorial / `vllm serve`, both in FP8", (f"tutorial+{FP8}", ""), (f"vllm-serve+{FP8}", ""), 3),
+    ],
+)
+def test_tables_of_pairs_are_those_of_their_records(guide, title, one, other, expected):
+    """Each server with its load: that of the row, where none is given."""
+    table = guide.partition(f"Output tokens per second, {title}: ratio |")[2].partition("\n\n")[0]
+    rows, found = re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M), []
+    for sitting, load, *_ in rows:
+        pair = [points_of(sitting)[server][at(its or load)] for server, its in (one, other)]
+        metrics = said_of(pair, "output_tok_s"), said_of(pair, "ttft_p50_ms"), said_of(pair, "tpot_p50_ms", 1)
+        found.append((sitting, load, *metrics))
+    assert len(rows) == expected
+    assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
+
+
+def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
+    measured = points_of("h200-engine-processes")
+    pair = [measured[name][at("128")] for name in ("vllm-serve+two-process-engine", "vllm-serve")]
+    assert f"`h200-engine-processes`: {said_of(pair, 'output_tok_s')} at 128" in guide.replace("\n", " ")
+
+
+def test_seconds_of_a_start_are_those_of_the_record(guide):
+    runs = json.loads((records.RESULTS / "h200-starts.json").read_text())["runs"]
+    assert [(run["server"], run["caches"]) for run in runs[::3]] == [("tutorial", "empty"), ("vllm-serve", "kept")]
+    phases = [{"first_token": run["first_token_s"], "rest": 0} | run["phases_s"] for run in runs]
+    for run in phases:
+        run["rest"] = run["first_token"] - run["until_engine"] - run["engine_init"]
+    table = guide.partition("| Seconds | tutorial, caches empty |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    names = "first_token", "until_engine", "engine_init", "compilation", "graph_capture", "rest"
+    found = [[f"{run[name]:.0f}" for run in phases] for name in names]
+    assert [row[1:] for row in rows] == found, found
+
+
+def test_cores_of_the_machine_are_those_of_the_records(guide):
+    found = []
+    for record in records.read(records.RESULTS / "h200-vllm-serve").values():
+        cores = [cores_of(record, point, "machine") for point in records.by_point(record)]
+        found += [min(cores), max(cores)]
+    said = "used {:.1f} to {:.1f} cores while the tutorial was measured, and {:.1f} to {:.1f} during"
+    assert said.format(*found) in guide.replace("\n", " ")
+
+
+def test_milliseconds_of_cpu_for_a_request_are_those_of_the_records(guide):
+    rest = ("controller", "gcs", "raylet", "proxy actor", "other")
+    kinds = {"HAProxy": ("haproxy",), "the rest of Ray": rest}
+    table = guide.partition("| Process | tutorial, 128 concurrent |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ([\w ]+) \| (.+?) \| (.+?) \| (.+?) \| (.+?) \|$", table, flags=re.M)
+    measured, found = records.read(records.RESULTS / "h200-vllm-serve"), []
+    for name, *_ in rows:
+        row = [name]
+        for concurrent in (128, 256):
+            for record in (measured["tutorial"], measured["vllm-serve"]):
+                point = f"chat, {concurrent} concurrent"
+                cores = cores_of(record, point, *kinds.get(name, (name,)))
+                cells = cells_of(record, point)
+                requests_s = fmean(c["requests"] / np.add(c["start"], c["latency"]).max() * 1e4 for c in cells)
+                row.append(f"{1000 * cores / requests_s:.1f}" if cores else "none")
+        found.append(tuple(row))
+    assert len(rows) == 6
+    assert rows == found, "\n".join(f"| {' | '.join(row)} |" for row in found)
+
+
+def test_gaps_between_chunks_are_those_of_the_records(guide):
+    def gaps(concurrency: int, quantile: str, varied=False, server="tutorial") -> str:
+        """The least and the most of all cells: milliseconds of a median, seconds of a p99."""
+        cells = [c for file in records.RESULTS.glob(f"*/{server}.json") for c in json.loads(file.read_text())["cells"]]
+        load = {"concurrency": concurrency, "workload": "chat", "range_ratio": 0.5 * varied}
+        ms = [c["chunk_gap_ms"][quantile] for c in cells if load.items() <= c["point"].items()]
+        low, high = (f"{one:.0f}" if quantile == "p50" else f"{one / 1000:.1f}" for one in (min(ms), max(ms)))
+        return low if low == high else f"{low} to {high}"
+
+    text, one = guide.replace("\n", " "), "tutorial+stream-interval-1"
+    for said in (
+        f"two chunks is {gaps(128, 'p50')} ms at 128 concurrent requests and {gaps(256, 'p50')} ms at 256, in place of "
+        f"{gaps(128, 'p50', server=one)} ms and {gaps(256, 'p50', server=one)} ms.",
+        f"takes {gaps(128, 'p99')} s at 128 and {gaps(256, 'p99')} s at 256, "
+        f"in place of {gaps(128, 'p99', server=one)} s",
+        f"median gap is {gaps(128, 'p50', True)} ms at 128 and {gaps(256, 'p50', True)} ms at 256",
+        f"one in a hundred takes {gaps(128, 'p99', True)} s and {gaps(256, 'p99', True)} s.",
+    ):
+        assert said in text, said
+    assert gaps(256, "p99", server=one) == gaps(128, "p99", server=one)
+
+
+def test_distance_to_the_limit_is_that_of_the_records(guide):
+    names = {}
+    exec(next(c.source for c in read_notebook("notebook.ipynb").cells if c.id == "kv-arithmetic"), names)
+    inner, outer = names["PARAMETERS"] - names["EMBEDDINGS"], names["EMBEDDINGS"] / 2
+    measured = points_of("h200-vllm-serve")["tutorial"]
+    tpot_ms, tok_s = (
+        records.estimate(measured[at(n)], m).value for n, m in (("1", "tpot_p50_ms"), ("256", "output_tok_s"))
+    )
+    share = 2 * (inner + outer) / 4.8e12 / tpot_ms * 1000
+    tflops = tok_s * (2 * inner * (535 / 128 + 1) + 2 * outer) / 1e12
+    text = guide.replace("\n", " ")
+    assert f"one request has a TPOT of {tpot_ms:.1f} ms: {share:.0%} of".replace("%", " %") in text, (tpot_ms, share)
+    assert f"{tok_s:,.0f} output tokens per second at 256 concurrent are {tflops:.0f} TFLOP/s" in text, tflops
