@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from multiprocessing import get_context
 
 import numpy as np
@@ -136,10 +136,11 @@ class Clients:
                 process.kill()
         self.pool.shutdown(cancel_futures=True)
 
-    def measure(self, server: dict, model: str, point: dict, requests: int, seed: int) -> dict:
+    def measure(self, server: dict, model: str, point: dict, requests: int, seed: int, timeout_s: float = 1800) -> dict:
         """Send `requests` requests at one point to a server. Returns the cell of a record (benchmarks/README.md).
 
-        No two seeds make the same prompts: each client's have random first tokens of their own.
+        No two seeds make the same prompts: each client's have random first tokens of their own. Raises SystemExit when
+        a client has no end within `timeout_s`.
         """
         count = clients_for(point)
         loads = shares(point["concurrency"], count) if "concurrency" in point else [point["rate"] / count] * count
@@ -153,8 +154,11 @@ class Clients:
                 --num-prompts {share} --seed {1000 * seed + client} --temperature 0 --ignore-eos --disable-tqdm
                 --save-detailed {pace}""")
         with CpuClock(family(server), self.processes) as clock:
-            parts = [future.result() for future in [self.pool.submit(bench, command) for command in commands]]
-        return cell(parts, clock) | {"clients": count, "seed": seed}
+            futures = [self.pool.submit(bench, command) for command in commands]
+            if late := wait(futures, timeout_s).not_done:
+                raise SystemExit(f"{server['name']}: {len(late)} clients haven't ended after {timeout_s:.0f} s")
+        least = math.floor(point["output_len"] * (1 - point["range_ratio"]))
+        return cell([future.result() for future in futures], clock, least) | {"clients": count, "seed": seed}
 
 
 def tenths_ms(seconds: np.ndarray) -> list[int]:
@@ -166,10 +170,15 @@ def one_or_all(counts: np.ndarray) -> int | list[int]:
     return int(counts[0]) if (counts == counts[0]).all() else counts.tolist()
 
 
-def cell(parts: list[dict], clock: CpuClock) -> dict:
-    """What the clients saw, in one: requests in the order of their starts, times in tenths of a millisecond."""
+def cell(parts: list[dict], clock: CpuClock, least: int) -> dict:
+    """What the clients saw, in one: requests in the order of their starts, times in tenths of a millisecond.
+
+    An answer of fewer tokens than `least` counts as failed: to vLLM's client, a stream that breaks off has succeeded.
+    """
     errors = [error for part in parts for error in part["errors"]]
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0] if name != "errors"}
+    short = whole["output_tokens"][whole["output_tokens"] < least]
+    errors += [f"an answer of {tokens} tokens, where {least} were asked for" for tokens in short]
     if errors:
         return {
             "failed": len(errors),

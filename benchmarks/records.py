@@ -7,10 +7,13 @@ is computed here from its raw requests, and the figures, the page's table and th
 and ends when the first of them has sent all. Tokens in between count, and requests that start so long before its end as
 the longest of them takes: they never meet the calm that follows.
 
-**Intervals.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each. Two servers
-draw the same repetitions, for these were measured in turns. As few repetitions make such an interval too narrow, it is
-widened as Hesterberg says (2015, What Teachers Should Know About the Bootstrap): with n repetitions to
-sqrt(n/(n-1)) t(n-1) standard errors. With five, a ratio differs from 1 about when all five repetitions say so.
+**Intervals of rates.** Student's t of the repetitions; of a ratio, of the logarithms of each repetition's own, since
+the servers take turns. With five repetitions it holds in 95 of 100 cases where these are normal.
+
+**Intervals of latencies.** A bootstrap of two stages: repetitions are drawn with replacement, then requests in each.
+Two servers draw the same repetitions. As few repetitions make such an interval too narrow, it is widened as Hesterberg
+says (2015, What Teachers Should Know About the Bootstrap): with n repetitions to sqrt(n/(n-1)) t(n-1) standard errors.
+Even so it can't leave their range: with five it holds in about 92 of 100 cases.
 """
 
 import contextlib
@@ -110,11 +113,8 @@ def picks(repetitions: int) -> np.ndarray:
 
 
 def drawn(cells: list[Steady], metric: str) -> tuple[float, np.ndarray]:
-    """A metric over all repetitions, and in each draw of the bootstrap."""
+    """A latency over all repetitions, and in each draw of the bootstrap."""
     chosen = picks(len(cells))
-    if metric in RATES:
-        rates = np.array([cell.rates[metric] for cell in cells])
-        return float(rates.mean()), rates[chosen].mean(axis=1)
     name, percentile = LATENCIES[metric]
     values = [getattr(cell, f"{name}_ms") for cell in cells]
     pooled, sizes = np.concatenate(values), np.array([len(value) for value in values])
@@ -123,6 +123,14 @@ def drawn(cells: list[Steady], metric: str) -> tuple[float, np.ndarray]:
     index = (np.cumsum(sizes) - sizes)[chosen][:, :, None] + within.astype(int)
     draws = np.percentile(pooled[index].reshape(DRAWS, -1), percentile, axis=1)
     return float(np.percentile(pooled, percentile)), draws
+
+
+def student(values: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of one value from each repetition, or None of a single one."""
+    if len(values) < 2:
+        return None
+    half = STUDENT[min(len(values) - 1, len(STUDENT)) - 1] * values.std(ddof=1) / len(values) ** 0.5
+    return float(values.mean() - half), float(values.mean() + half)
 
 
 def interval(draws: np.ndarray, repetitions: int) -> tuple[float, float] | None:
@@ -158,8 +166,12 @@ def counted(cells: list[Steady]) -> int:
 
 def estimate(cells: dict[int, Steady], metric: str) -> Estimate:
     """One of METRICS at one point of a record, as by_point gives it. Rates are per second, latencies in ms."""
-    value, draws = drawn(list(cells.values()), metric)
-    return Estimate(value, interval(draws, len(cells)), counted(list(cells.values())), len(cells))
+    steady_states = list(cells.values())
+    if metric in RATES:
+        rates = np.array([one.rates[metric] for one in steady_states])
+        return Estimate(float(rates.mean()), student(rates), counted(steady_states), len(cells))
+    value, draws = drawn(steady_states, metric)
+    return Estimate(value, interval(draws, len(cells)), counted(steady_states), len(cells))
 
 
 def ratio(ours: dict[int, Steady], theirs: dict[int, Steady], metric: str) -> Estimate:
@@ -167,10 +179,15 @@ def ratio(ours: dict[int, Steady], theirs: dict[int, Steady], metric: str) -> Es
     both = sorted(ours.keys() & theirs.keys())
     if not both:
         raise ValueError("The two servers share no repetition")
-    (our_value, our_draws), (their_value, their_draws) = (drawn([c[i] for i in both], metric) for c in (ours, theirs))
-    if not their_draws.all():
-        return Estimate(float("nan"), None, 0, len(both))  # Nothing kept the limits: there is no ratio.
     requests = min(counted([c[i] for i in both]) for c in (ours, theirs))
+    if metric in RATES:
+        our_rates, their_rates = (np.array([c[i].rates[metric] for i in both]) for c in (ours, theirs))
+        if not their_rates.all():
+            return Estimate(float("nan"), None, 0, len(both))  # Nothing kept the limits: there is no ratio.
+        logs = student(np.log(our_rates / their_rates)) if our_rates.all() else None
+        bounds = (float(np.exp(logs[0])), float(np.exp(logs[1]))) if logs else None
+        return Estimate(float(our_rates.mean() / their_rates.mean()), bounds, requests, len(both))
+    (our_value, our_draws), (their_value, their_draws) = (drawn([c[i] for i in both], metric) for c in (ours, theirs))
     return Estimate(our_value / their_value, interval(our_draws / their_draws, len(both)), requests, len(both))
 
 

@@ -155,12 +155,14 @@ def measure(args: argparse.Namespace) -> bool:
     done = {(c["repetition"], records.label(c["point"]), i) for i, record in enumerate(ours) for c in record["cells"]}
     plan = [p for p in planned(points, args, times) if (p[0], records.label(p[1]), p[2]) not in done]
     with Clients(max((clients_for(point) for _, point, _ in plan), default=1)) as clients:
-        if plan and not done:
+        for index in sorted({index for _, _, index in plan if not ours[index]["cells"]}):
             heaviest = max(points, key=lambda point: requests_of(point, args, on_gpu))
-            for server, n in with_times:
-                print(f"Warming up {server['name']}", flush=True)
-                requests = 2 * n * heaviest.get("concurrency", 32)
-                clients.measure(server, state["model"], scaled(heaviest, n), requests, random.getrandbits(20))
+            server, n = with_times[index]
+            print(f"Warming up {server['name']}", flush=True)
+            requests = 2 * n * heaviest.get("concurrency", 32)
+            warm = clients.measure(server, state["model"], scaled(heaviest, n), requests, random.getrandbits(20))
+            if warm["failed"]:
+                raise SystemExit(f"{warm['failed']} of {warm['requests']} requests failed: {warm['errors']}")
         took_s = {}
         for number, (repetition, point, index) in enumerate(plan):
             expected_s = took_s.get(records.label(point), 1.5 * cell_s(point, args, on_gpu))
@@ -224,6 +226,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--time-limit-s", type=float, help="measure: begin no cell that would end later than this")
     parser.add_argument("--start-limit-s", type=float, default=900, help="start: wait as long for the first tokens")
     args = parser.parse_intermixed_args(arguments)
+    if len(set(args.servers)) < len(args.servers):
+        parser.error("name each server once: a record has the server's name")
     if args.kv_gib <= 0:
         parser.error("--kv-gib has to be more than 0")
     if args.step in ("all", "start") and not args.servers:
@@ -237,6 +241,7 @@ def main() -> None:
     args = parse(sys.argv[1:])
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # So that what was started is stopped, too
     if args.step in ("all", "start"):
+        servers.refuse_a_second_start()  # Before anything here stops what it didn't start
         announce(args)
         try:
             servers.start(

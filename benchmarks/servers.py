@@ -17,7 +17,7 @@ from pathlib import Path
 import openai
 import psutil
 
-from benchmarks.variants import merged, variant
+from benchmarks.variants import VARIANTS, merged, variant
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
@@ -283,11 +283,20 @@ def records_folder(results: Path, sitting: str | None, hardware: str) -> Path:
     return folder
 
 
+def reaches(entry: dict, on_vllm: bool) -> bool:
+    """Whether an entry of variants.yaml changes a server of this kind. The tutorial's is empty."""
+    if on_vllm:
+        return bool({"server", "env", "vllm_flags"} & entry.keys() or "engine_kwargs" in entry.get("llm_config", {}))
+    return not entry or bool({"env", "llm_config", "router_hop"} & entry.keys())
+
+
 def asked(name: str, base: str, shared: dict) -> dict:
     """What benchmarks/app.py is asked for: the variant on top of the module `base` and the `shared` engine settings."""
     changes = variant(name)
-    if changes.get("server") == "vllm" and "deployment_config" in changes.get("llm_config", {}):
-        raise SystemExit(f"{name}: `vllm serve` has no replicas or other settings of a deployment.")
+    on_vllm = changes.get("server") == "vllm"
+    for part in name.split("+"):
+        if not reaches(VARIANTS[part], on_vllm):
+            raise SystemExit(f"{name}: {part} changes nothing on {'`vllm serve`' if on_vllm else 'Ray Serve'}.")
     own = {"model_loading_config": {"model_id": model_id(name)}, "engine_kwargs": shared}
     llm_config = merged(own, changes.get("llm_config", {}))
     return {"base": base, "llm_config": llm_config, "router_hop": changes.get("router_hop", True)}
@@ -305,7 +314,8 @@ def start_one(index: int, name: str, ask: dict, settings: dict, model: str) -> t
     else:
         server |= {"deployment_config": settings["deployment_config"], "env": {**LAUNCH_ENV, **changes.get("env", {})}}
         processes = spawn_ray(server, index, {**server["env"], "BENCHMARK": json.dumps(ask)})
-    return server | {"pid": processes[0].pid, "born": psutil.Process(processes[0].pid).create_time()}, processes
+    born = [(process.pid, psutil.Process(process.pid).create_time()) for process in processes]
+    return server | {"processes": born}, processes
 
 
 def start(
@@ -320,14 +330,15 @@ def start(
 
     Raises SystemExit for what is wrong with the request, RuntimeError when a server doesn't come up.
     """
-    if STATE.exists():
-        raise SystemExit("Servers are up already. Measure them, or stop them: python -m benchmarks.run stop")
+    refuse_a_second_start()
     machine = gpu()
     base = "serve_llama_3_1_8b" if machine else "tiny_llama.app"
     model = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct") if machine else "build/tiny-llama"
     shared = memory_settings(len(names), machine and machine[1], kv_gib)
     if random_weights:
         shared["load_format"] = "dummy"
+    if not machine:
+        subprocess.run([sys.executable, "-m", "tiny_llama.make_model"], cwd=ROOT, check=True, timeout=900)
     check_ports(len(names))
     state = {"model": model, "facts": facts(machine, random_weights), "servers": []}
     state["records"] = str(records_folder(results, sitting, state["facts"]["hardware"]))
@@ -343,6 +354,12 @@ def start(
     STATE.write_text(json.dumps(state, indent=1))
 
 
+def refuse_a_second_start() -> None:
+    """Raises SystemExit when servers are up."""
+    if STATE.exists():
+        raise SystemExit("Servers are up already. Measure them, or stop them: python -m benchmarks.run stop")
+
+
 def load_state() -> dict:
     """What `start` noted. Raises SystemExit when no servers were started."""
     if not STATE.exists():
@@ -351,20 +368,24 @@ def load_state() -> dict:
 
 
 def family(server: dict) -> list[psutil.Process]:
-    """The server's processes that are alive: the one that `start` began, and all that come from it."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(server["pid"])
-        if parent.create_time() == server["born"]:  # Otherwise the id has been given to another process since.
-            return [parent, *parent.children(recursive=True)]
-    return []
+    """The server's processes that are alive: those that `start` began, each with all that come from it."""
+    found = []
+    for pid, born in server["processes"]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(pid)
+            if parent.create_time() == born:  # Otherwise the id has been given to another process since.
+                found += [parent, *parent.children(recursive=True)]
+    return found
 
 
 def stop() -> None:
     """Stop the servers in STATE: ask each, wait for up to a minute, end what is left of it."""
     for index, server in enumerate(load_state()["servers"]):
         processes = family(server)
-        if processes:
-            processes[0].terminate()
+        for process in processes:
+            if process.pid in [pid for pid, _ in server["processes"]]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
         for process in psutil.wait_procs(processes, timeout=60)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

@@ -79,13 +79,20 @@ def start_load(
 def result_of(load: subprocess.Popen, name: str) -> dict:
     """Wait for the end of a load, and return its result, with the names and units of `vllm bench serve`.
 
-    Raises RuntimeError unless every request succeeded.
+    Raises RuntimeError unless every request succeeded, subprocess.TimeoutExpired after a quarter of an hour.
     """
-    if load.wait(timeout=900) != 0:
+    try:
+        load.wait(timeout=900)
+    finally:
+        load.kill()  # Does nothing to one that has ended
+    if load.returncode:
         raise RuntimeError(Path(f"build/{name}.log").read_text()[-3000:])
     result = json.loads(Path(f"build/{name}.json").read_text())
     if result["failed"]:
         raise RuntimeError(f"{result['failed']} requests failed: {set(result['errors'])}")
+    # To this client, a stream that breaks off has succeeded. All answers have one length.
+    if short := sum(tokens < max(result["output_lens"]) for tokens in result["output_lens"]):
+        raise RuntimeError(f"{short} of {result['completed']} answers broke off. The replica's log may say why.")
     return result
 
 
@@ -104,7 +111,8 @@ def run_load(name: str, tokenizer: str, concurrency: int, num_prompts: int, extr
 def sweep_load(tokenizer: str, most: int = 256) -> pd.DataFrame:
     """Double the concurrency until throughput stops growing, up to `most`; a row of results for each.
 
-    Ends, too, when the autoscaler brings in a second replica: that point isn't one replica's, and is left out.
+    Ends, too, when the autoscaler brings in a second replica: that point isn't one replica's, and is left out. Raises
+    RuntimeError when no point is left.
     """
     results, concurrency, growth = {}, 1, 1.0
     while concurrency <= most and growth > 0.1:
@@ -116,6 +124,8 @@ def sweep_load(tokenizer: str, most: int = 256) -> pd.DataFrame:
         growth = result["output_throughput"] / before["output_throughput"] - 1
         results[concurrency] = result
         concurrency *= 2
+    if not results:
+        raise RuntimeError("Two replicas run. Wait until the autoscaler has ended one, and run this cell again.")
     return pd.DataFrame.from_dict(results, orient="index")
 
 
@@ -127,7 +137,7 @@ def knee_of(sweep: pd.DataFrame) -> int:
 def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.DataFrame:
     """Hold four times `target` until two replicas are busy, then wait until one is left. A row each two seconds.
 
-    Raises TimeoutError when either takes more than `timeout_s`.
+    Raises TimeoutError when either takes more than `timeout_s`, RuntimeError when a load fails.
     """
     timeline = []
 
@@ -138,6 +148,8 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
             while not timeline or not until(timeline[-1]):
                 for index, load in enumerate(loads):
                     if concurrency and (load is None or load.poll() is not None):
+                        if load and load.returncode:
+                            raise RuntimeError(Path(f"build/autoscale-{index}.log").read_text()[-3000:])
                         name, prompts = f"autoscale-{index}", (10 + 5 * index) * concurrency
                         # Short answers would leave the replica idle while clients prepare the next requests.
                         long = 4 * OUTPUT_TOKENS

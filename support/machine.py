@@ -84,7 +84,11 @@ def find_gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None or visible in ("", "-1"):
         return []
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", *([f"--id={visible}"] if visible else [])]
-    gpus = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.splitlines()
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    if answer.returncode:  # It says why on stdout, where the names would be.
+        print(f"nvidia-smi fails, so no GPU is used: {answer.stdout.strip() or answer.stderr.strip()}")
+        return []
+    gpus = answer.stdout.splitlines()
     wanted = os.environ.get("ACCELERATOR_TYPE")
     if gpus and wanted and not any(wanted.split("-")[0] in re.split("[ -]", gpu) for gpu in gpus):
         raise RuntimeError(
@@ -122,8 +126,10 @@ def ray_runs(on_anyscale: bool) -> bool:
 
 
 def refuse_foreign_applications() -> None:
-    status = subprocess.run(["timeout", "60", "serve", "status"], capture_output=True, text=True).stdout
-    if re.search(r"^applications:\n +\w", status, flags=re.M):
+    status = subprocess.run(["timeout", "60", "serve", "status"], capture_output=True, text=True)
+    if status.returncode:
+        raise RuntimeError(f"`serve status` can't say what runs on this Ray cluster: {status.stderr[-500:]}")
+    if re.search(r"^applications:\n +\w", status.stdout, flags=re.M):
         raise RuntimeError(
             "An application runs on this Ray cluster already, and the tutorial would replace it. Wait until it is "
             "done, or end it with `serve shutdown -y`. Then run this cell again."

@@ -152,15 +152,21 @@ def errors_in_logs() -> list[str]:
 def read_kv_cache(machine: Machine) -> tuple[int, float | None]:
     """Print what the engine logged of its KV cache; return its tokens, and the GPU's memory in GiB (None without one).
 
+    On a cluster whose replica is on another node: 0 and None.
+
     Raises RuntimeError when no log on this node has it.
     """
-    text = "\n".join(file.read_text(errors="replace") for file in LOGS.glob("worker-*.*"))
+    logs = sorted(LOGS.glob("worker-*.*"), key=lambda file: file.stat().st_mtime)  # Last, the engine that runs
+    text = "\n".join(file.read_text(errors="replace") for file in logs)
     found = re.findall(r"KV cache size: ([\d,]+) tokens.*", text)
+    if not found and len(ray.nodes()) > 1:
+        print(f"The replica is on another node, and its log there, in {LOGS}.")
+        return 0, None
     if not found:
-        raise RuntimeError(f"No engine has logged its KV cache in {LOGS}. On a cluster, look on the replica's node.")
+        raise RuntimeError(f"No engine has logged its KV cache in {LOGS}.")
     most = re.findall(r"Maximum concurrency for [\d,]+ tokens per request: [\d.]+x", text)
     print(f"KV cache size: {found[-1]} tokens. {most[-1]}")
-    if machine.app == STAND_IN:
+    if machine.app == STAND_IN or shutil.which("nvidia-smi") is None:
         return int(found[-1].replace(",", "")), None
     query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     memory_mib = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout.split()

@@ -44,6 +44,13 @@ def test_no_gpu_means_the_stand_in(gpu):
     assert "replicas_that_fit=2" in result.stdout
 
 
+def test_broken_driver_means_no_gpu(gpu):
+    gpu("")
+    Path(shutil.which("nvidia-smi")).write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed'\nexit 9\n")
+    said = execute(FINDINGS).stdout
+    assert "nvidia-smi fails, so no GPU is used: NVIDIA-SMI has failed\nGPU: none\nApp: tiny_llama.app:app" in said
+
+
 @pytest.mark.parametrize("visible, said", [("1", "GPU: L4 1\n"), ("", "GPU: none\n"), ("0,1", "GPU: L4 0,1\n")])
 def test_hidden_gpus_dont_count(gpu, monkeypatch, visible, said):
     gpu("")
@@ -97,6 +104,8 @@ def test_foreign_application_is_refused(tmp_path, monkeypatch, quoted):
     quoted("An application runs on this Ray cluster already", result.stdout)
     (tmp_path / "serve").write_text("#!/bin/sh\nprintf 'proxies: {}\\napplications: {}\\n'\n")
     assert execute(LOOK.format(ray_runs=True)).returncode == 0
+    (tmp_path / "serve").write_text("#!/bin/sh\nexit 1\n")
+    assert "can't say what runs on this Ray cluster" in execute(LOOK.format(ray_runs=True)).stdout
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import time
 import psutil
 
 OURS = re.compile(
-    r"bin/(ray|serve|vllm) |/ray/(core|dashboard|autoscaler|_private)/|ray::|VLLM::|bin/haproxy|ipykernel"
+    r"bin/(ray|serve|vllm) |-m (benchmarks\.app|vllm\.entrypoints|ray\.scripts)"
+    r"|/ray/(core|dashboard|autoscaler|_private)/|ray::|VLLM::|bin/haproxy|ipykernel"
 )
 
 

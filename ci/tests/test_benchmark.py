@@ -5,6 +5,7 @@ import sys
 import time
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from benchmarks import records
@@ -64,6 +65,14 @@ def test_ends_in_a_table_and_a_figure_beside_the_records_of_the_page(measured):
     assert ("record of tutorial" in table) == ("chat, 1 concurrent" in records.published("tutorial"))
     assert str(measured[1] / "comparison.png") in table
     assert plt.imread(measured[1] / "comparison.png").shape[0] > 300
+
+
+def test_answer_that_broke_off_is_a_failure():
+    from benchmarks.load import cell  # Imports vLLM
+
+    part = {name: np.array([0.0, 0.1]) for name in ("start", "ttft", "latency", "gaps", "input_tokens")}
+    found = cell([part | {"output_tokens": np.array([128, 3]), "errors": []}], None, 128)
+    assert found["failed"] == 1 and found["errors"] == ["an answer of 3 tokens, where 128 were asked for"]
 
 
 def test_measurement_that_is_ended_does_not_wait_for_its_clients():

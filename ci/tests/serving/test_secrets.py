@@ -18,7 +18,9 @@ def test_secrets_and_prompts_are_in_no_log(served):
     places["serve status"] = run("serve", "status").stdout + run("serve", "config").stdout
     for path in ("serve/applications/", "v0/actors", "v0/runtime_envs", "v0/tasks", "v0/workers", "v0/jobs", "jobs/"):
         url = f"http://127.0.0.1:8265/api/{path}?detail=1&limit=1000"
-        places[path] = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=60).text
+        answer = requests.get(url, headers={"Authorization": f"Bearer {token}"}, timeout=60)
+        assert answer.status_code == 200, f"{path}: {answer.status_code}"
+        places[path] = answer.text
     assert len(places) > 20 and "my-llama-3.1-8b" in "".join(places.values())
     found = {
         secret: {name for name, text in places.items() if secret in text}
