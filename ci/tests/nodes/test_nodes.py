@@ -58,9 +58,9 @@ def test_each_node_has_a_replica_and_answers(served):
         assert requests.post(f"{host.url}/v1/completions", json=COMPLETION, timeout=30).status_code == 401
 
 
-def begin_stream(url: str):
-    """A stream of 2,000 tokens whose first part has come."""
-    long = {**COMPLETION, "max_tokens": 2000, "ignore_eos": True, "stream": True}
+def begin_stream(url: str, tokens: int):
+    """A stream of so many tokens, whose first part has come."""
+    long = {**COMPLETION, "max_tokens": tokens, "ignore_eos": True, "stream": True}
     answer = requests.post(f"{url}/v1/completions", json=long, headers=KEY, stream=True, timeout=60)
     lines = answer.iter_lines()
     assert next(lines).startswith(b"data: "), answer.text
@@ -76,17 +76,24 @@ def under_way(streamed: str, asked: str, timeout_s: float = 30):
     """
     happened = threading.Event()
 
-    def stream_on(lines) -> bool:
+    def stream_on(lines, tokens: int) -> bool:
         while stream_is_whole(lines):
             if happened.is_set():
                 return True
-            lines = begin_stream(streamed)
+            try:
+                lines = begin_stream(streamed, tokens)
+            except (requests.RequestException, StopIteration, AssertionError):
+                if not happened.is_set():
+                    raise
+                return False  # It was about to begin when it happened.
         return False
 
     with calm_load(asked, timeout_s) as outcomes, ThreadPoolExecutor(8) as pool:
         try:
-            # Eight, dealt out in turn with the load's requests: that one replica gets all of them is rare.
-            whole = [pool.submit(stream_on, lines) for lines in [begin_stream(streamed) for _ in range(8)]]
+            # Eight, dealt out in turn with the load's requests: that one replica gets all of them is rare. Of eight
+            # lengths: streams in step might all end just before it happens.
+            begun = [(begin_stream(streamed, tokens), tokens) for tokens in range(1300, 2701, 200)]
+            whole = [pool.submit(stream_on, *one) for one in begun]
             time.sleep(2)
             broken = [one.exception() or one.result() for one in whole if one.done()]
             assert not broken, f"Streams broke before anything happened: {broken}"
