@@ -47,7 +47,7 @@ def gpu() -> tuple[str, float] | None:
     """The first GPU's name and memory in GiB, or None where there is none."""
     query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
-        name, mib = subprocess.check_output(query, text=True).splitlines()[0].rsplit(",", 1)
+        name, mib = subprocess.check_output(query, text=True, timeout=60).splitlines()[0].rsplit(",", 1)
         return name, int(mib) / 1024
     return None
 
@@ -55,7 +55,7 @@ def gpu() -> tuple[str, float] | None:
 def gpu_link() -> str | None:
     """How the first two GPUs reach each other, in the words of `nvidia-smi topo -m`: NV18 are 18 NVLinks."""
     with contextlib.suppress(FileNotFoundError, subprocess.CalledProcessError):
-        table = subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True)
+        table = subprocess.check_output(["nvidia-smi", "topo", "-m"], text=True, timeout=60)
         found = re.search(r"GPU0[ \t]+GPU1\b.*\n[ \t]*GPU0[ \t]+X[ \t]+(\w+)", table)
         return found[1] if found else None
     return None
@@ -163,7 +163,7 @@ def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
         **env,
     }
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
-    subprocess.run([*ray, "get-auth-token", "--generate"], check=True, capture_output=True)
+    subprocess.run([*ray, "get-auth-token", "--generate"], check=True, capture_output=True, timeout=60)
     head = f"""start --head --block --disable-usage-stats --num-cpus={max(8, len(os.sched_getaffinity(0)))} --port={gcs}
         --dashboard-port={dashboard} --ray-client-server-port={client} --dashboard-agent-listen-port={agent}
         --min-worker-port=0 --max-worker-port=0 --temp-dir={folder}"""
@@ -179,7 +179,9 @@ def settings_of(asks: list[dict]) -> list[dict]:
     command = [sys.executable, "-m", "benchmarks.app", "settings"]
     env = {**os.environ, "BENCHMARK": json.dumps(asks), "RAY_ADDRESS": "local"}
     with open(BUILD / "settings.log", "w") as log:
-        printed = subprocess.run(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=log, check=False)
+        printed = subprocess.run(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=log, check=False, timeout=300
+        )
     if printed.returncode:
         raise SystemExit(f"The app's settings are wrong:\n{(BUILD / 'settings.log').read_text()[-3000:]}")
     return json.loads(printed.stdout.splitlines()[-1])
