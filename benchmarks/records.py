@@ -37,7 +37,7 @@ LATENCIES = {
 RATES = ("output_tok_s", "goodput_server_req_s", "goodput_interactive_req_s")
 METRICS = (*RATES, *LATENCIES)
 DRAWS = 4000
-CLAIM_REPETITIONS = 5  # Fewer have too few different draws for an interval that keeps its promise.
+CLAIM_REPETITIONS = 5  # Fewer say too little of how repetitions differ.
 STUDENT = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)  # 97.5 %, 1 to 9 degrees of freedom
 
 
@@ -108,7 +108,7 @@ def by_point(record: dict) -> dict[str, dict[int, Steady]]:
 
 
 def picks(repetitions: int) -> np.ndarray:
-    """Which repetitions each draw takes: (DRAWS, repetitions). The same for every server and metric."""
+    """Which repetitions each draw takes: (DRAWS, repetitions). The same for every server and latency."""
     return np.random.default_rng(0).integers(repetitions, size=(DRAWS, repetitions))
 
 

@@ -122,7 +122,8 @@ def has_room(point: dict, server: dict) -> bool:
 def measure(args: argparse.Namespace) -> bool:
     """Measure the servers that are up. Returns whether nothing is left to do.
 
-    Writes the record after each cell. Raises SystemExit when requests fail: their number and errors are in the record.
+    Writes the record after each cell. Raises SystemExit when requests fail: their number and errors are in the record,
+    except of the warm-up.
     """
     began, state = time.monotonic(), servers.load_state()
     on_gpu, up = servers.gpu() is not None, state["servers"]

@@ -288,7 +288,9 @@ def records_folder(results: Path, sitting: str | None, hardware: str) -> Path:
 def reaches(entry: dict, on_vllm: bool) -> bool:
     """Whether an entry of variants.yaml changes a server of this kind. The tutorial's is empty."""
     if on_vllm:
-        return bool({"server", "env", "vllm_flags"} & entry.keys() or "engine_kwargs" in entry.get("llm_config", {}))
+        config, env = entry.get("llm_config", {}), [name for name in entry.get("env", {}) if not name.startswith("RAY")]
+        own = env or {"server", "vllm_flags"} & entry.keys() or "engine_kwargs" in config
+        return bool(own) and "num_replicas" not in config.get("deployment_config", {})
     return not entry or bool({"env", "llm_config", "router_hop"} & entry.keys())
 
 
@@ -375,7 +377,8 @@ def family(server: dict) -> list[psutil.Process]:
     for pid, born in server["processes"]:
         with contextlib.suppress(psutil.NoSuchProcess):
             parent = psutil.Process(pid)
-            if parent.create_time() == born:  # Otherwise the id has been given to another process since.
+            # Otherwise the id has been given to another process since, or nobody has fetched its exit code.
+            if parent.create_time() == born and parent.status() != psutil.STATUS_ZOMBIE:
                 found += [parent, *parent.children(recursive=True)]
     return found
 

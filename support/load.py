@@ -135,7 +135,7 @@ def knee_of(sweep: pd.DataFrame) -> int:
 
 
 def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.DataFrame:
-    """Hold four times `target` until two replicas are busy, then wait until one is left. A row each two seconds.
+    """Hold up to four times `target` until two replicas are busy, then wait until one is left. A row each two seconds.
 
     Raises TimeoutError when either takes more than `timeout_s`, RuntimeError when a load fails.
     """

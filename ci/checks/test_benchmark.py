@@ -157,6 +157,8 @@ def test_replicas_are_asked_only_of_ray_serve():
     assert asked("tutorial+two-replicas", "base", {})["llm_config"]["deployment_config"] == {"num_replicas": 2}
     for name, idle, on in (
         ("vllm-serve+no-router", "no-router", "`vllm serve`"),
+        ("vllm-serve+two-replicas", "two-replicas", "`vllm serve`"),
+        ("vllm-serve+haproxy", "haproxy", "`vllm serve`"),
         ("vllm-serve+more-queued", "more-queued", "`vllm serve`"),
         ("tutorial+api-servers-2", "api-servers-2", "Ray Serve"),
     ):

@@ -118,6 +118,11 @@ class Cluster:
         settled = self.replicas() == ["RUNNING"] * len(on)
         return settled and all(self.health(host) == 200 for host in (self.head, *on))
 
+    def answered(self, host: hosts.Host) -> float:
+        """How many requests the replica on a worker has answered, by Ray's metrics there."""
+        said = requests.get(f"http://{host.address}:8080/metrics", timeout=10).text
+        return sum(float(n) for n in re.findall(r"^ray_vllm_request_success_total\{.*\} (\S+)", said, flags=re.M))
+
     def nodes(self) -> dict[str, str]:
         """The IDs of the cluster's nodes, by address."""
         answer = self.api("GET", "v0/nodes", params={"detail": "0"}).json()
@@ -237,5 +242,16 @@ def served(cluster):
         cluster.deploy(2)
     wait_for(lambda: cluster.serves(*cluster.workers), "replica on each worker", 300)
     wait_for(lambda: ask(cluster.url).status_code == 200, "answer", 60)
+    # The router of a worker learns of the other's replica some time after Ray Serve says that it runs.
+    for worker in cluster.workers:
+        before = [cluster.answered(other) for other in cluster.workers]
+        wait_for(
+            lambda worker=worker, before=before: (
+                ask(worker.url).status_code == 200
+                and all(cluster.answered(other) > n for other, n in zip(cluster.workers, before, strict=True))
+            ),
+            f"answer of both replicas through {worker.url}",
+            90,
+        )
     print(f"\nTwo replicas serve after {time.monotonic() - began_s:.0f} s")
     return cluster
