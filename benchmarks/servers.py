@@ -334,7 +334,6 @@ def start(
 
     Raises SystemExit for what is wrong with the request, RuntimeError when a server doesn't come up.
     """
-    refuse_a_second_start()
     machine = gpu()
     base = "serve_llama_3_1_8b" if machine else "tiny_llama.app"
     model = os.environ.get("MODEL_SOURCE", "meta-llama/Llama-3.1-8B-Instruct") if machine else "build/tiny-llama"

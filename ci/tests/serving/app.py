@@ -131,8 +131,8 @@ def listening() -> dict[int, set[str]]:
     return found
 
 
-def metric(name: str) -> float:
-    families = text_string_to_metric_families(requests.get("http://127.0.0.1:8080/metrics", timeout=30).text)
+def metric(name: str, host: str = "127.0.0.1") -> float:
+    families = text_string_to_metric_families(requests.get(f"http://{host}:8080/metrics", timeout=30).text)
     return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
 
