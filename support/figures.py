@@ -63,8 +63,9 @@ def draw_monitoring(samples: list[dict], seen: dict, machine: Machine) -> plt.Fi
     sent_s = [s - start_s for s in seen["start_times"]]
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, layout="constrained")
     for axis, (title, values) in zip(axes.flat, panels.items(), strict=True):
+        shown = values.where(time_s >= -2)  # What came before, the first token's wait say, would stretch the axis.
         axis.plot(
-            time_s, values, ".-", color=ENGINE, label="running" if title == "Requests" else "engine, bucket middles"
+            time_s, shown, ".-", color=ENGINE, label="running" if title == "Requests" else "engine, bucket middles"
         )
         axis.set_title(title, loc="left")
         axis.grid(alpha=0.3)
