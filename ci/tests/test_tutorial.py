@@ -16,6 +16,7 @@ import requests
 
 from ci.common import ROOT, run, troubleshooting
 from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
+from support.load import OUTPUT_TOKENS
 
 pytestmark = [pytest.mark.timeout(2000), pytest.mark.section("Monitor your deployment")]
 SESSION = Path("/tmp/ray/session_latest")
@@ -152,9 +153,15 @@ def test_prometheus_agrees_with_the_client(executed, load):
     def increase(metric):
         return query(metric, load.end_s + READ_S) - (query(metric, load.start_s) or 0)
 
-    # A few requests before the load and the next load's 8, when Prometheus reads late, add up to 3 %.
-    assert 0.99 < increase("sum(ray_vllm_generation_tokens_total)") / load.total_output_tokens < 1.03
-    assert 0.99 < increase("sum(ray_vllm_request_success_total)") / load.completed < 1.03
+    # When Prometheus reads late, some of the notebook's 8 requests before the load count, too, and of the sweep's
+    # points those that had begun. A fast machine is through with several by then.
+    points = [(file.stat().st_mtime, json.loads(file.read_text())) for file in (ROOT / "build").glob("sweep-*.json")]
+    begun = [point for saved_s, point in points if saved_s - point["duration"] < load.end_s + READ_S]
+    others = 8 + sum(point["completed"] + 1 for point in begun)
+    print(f"Counted beside the load: at most {others} requests, of {len(begun)} points of the sweep.")
+    tokens, answers = (increase(f"sum(ray_vllm_{name}_total)") for name in ("generation_tokens", "request_success"))
+    assert 0.99 * load.total_output_tokens < tokens <= load.total_output_tokens + OUTPUT_TOKENS * others
+    assert 0.99 * load.completed < answers <= load.completed + others
     ttft = "sum(ray_vllm_time_to_first_token_seconds_{})"
     engine_ttft_ms = 1000 * increase(ttft.format("sum")) / increase(ttft.format("count"))
     # What Ray Serve, HAProxy and the client add lies between the two. The engine's mean is as coarse as its buckets.
