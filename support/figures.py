@@ -102,15 +102,19 @@ def draw_capacity(requests_that_fit) -> plt.Figure:
         axis.set_xticks(lengths, [f"{n // 1024}k" for n in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+        axis.axhspan(0, 1, color="0.9", zorder=0)
+    axes[0].text(1024, 0.5, "The engine doesn't start.")
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes[0].yaxis.set_major_formatter("{x:,g}")
     axes[0].yaxis.set_minor_formatter(NullFormatter())
-    for fp8, marker in (False, "kx"), (True, "k+"):
-        axes[0].plot(8192, FIT_ON_H200[fp8], marker, label=f"measured, H200{', FP8' if fp8 else ''}")
+    for fp8, marker, size in (False, "o", 11), (True, "s", 6):
+        label = f"measured, H200{', FP8' if fp8 else ''}"
+        axes[0].plot(8192, FIT_ON_H200[fp8], marker, color="black", markersize=size, fillstyle="none", label=label)
     axes[0].set_ylabel("requests of full length that fit")
     axes[1].legend(*axes[0].get_legend_handles_labels())
     title = "The longer the requests, the fewer fit. FP8 weights matter most on small GPUs"
-    caption = f"Llama-3.1-8B, vLLM {version('vllm')}. Computed: solid with 16-bit weights, dashed with FP8 weights"
+    vllm = version("vllm").partition("+")[0]  # The same on CPUs
+    caption = f"Llama-3.1-8B, vLLM {vllm}. Computed: solid with 16-bit weights, dashed with FP8 weights"
     return finish(figure, "capacity", title, caption)
 
 
@@ -171,5 +175,7 @@ def draw_autoscaling(timeline: pd.DataFrame, target: int, machine: Machine) -> p
     below.grid(alpha=0.3)
     title = f"{second_s:.0f} s after the load exceeded the target, a second replica ran"
     setup = setup_of(machine, 4 * OUTPUT_TOKENS)
-    load = f"two loads of {2 * target} concurrent until the second replica runs. Dips: one of them starts again"
+    load = (
+        f"two loads of {2 * target} concurrent until the second replica runs. At half height, one of them starts again"
+    )
     return finish(figure, "autoscaling", title, f"{setup}, {load}")

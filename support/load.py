@@ -167,7 +167,7 @@ def watch_autoscaler(tokenizer: str, target: int, timeout_s: float = 900) -> pd.
 
     observe(lambda now: now["replicas"] == 1)  # The sweep may have called for a second one.
     timeline.clear()
-    observe(lambda now: now["busy_replicas"] >= 2, 4 * target)
+    observe(lambda now: now["busy_replicas"] >= 2 and now["replicas"] == 2, 4 * target)
     observe(lambda now: now["replicas"] == 1)
     frame = pd.DataFrame(timeline).ffill()
     frame.to_csv("build/autoscaling.csv")

@@ -20,12 +20,12 @@ NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
     "title": f"3.1 1 4.50 60 0.34 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
-    "about-config": "3.11 3.12",  # What the locks hold for
+    "about-config": "3.11 3.12 580",  # What the locks hold for; the driver of their CUDA
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
     "levers": "96 256 32",  # test_sweep_goes_up_to_what_a_replica_works_on; the load of a record
-    "about-knee": "99 100 4 512 128",  # The SLO's percentile, the figure, the record's load
+    "about-knee": "99 100 4 512 128 256",  # The SLO's percentile, the figure, the record's load
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",

@@ -94,7 +94,7 @@ def part(record: nbformat.NotebookNode, cell_id: str) -> str:
         file = f"images/{cell_id.removeprefix('draw-')}.png"
         (ROOT / file).write_bytes(picture)
         where = record.metadata.recorded.partition(", Ray ")[0]  # The rest stands in the picture.
-        where = "Computed. The crosses are one H200's log" if cell_id == "draw-capacity" else where
+        where = "Computed. The marks are from an H200's logs" if cell_id == "draw-capacity" else where
         said += [f"![{FIGURES[cell_id]}]({file})", f"*Figure {number}. {where}.*"]
     return "\n\n".join(said)
 

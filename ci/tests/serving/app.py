@@ -118,8 +118,12 @@ def replicas() -> list[psutil.Process]:
 
 def engines() -> list[psutil.Process]:
     """The replicas' engines. In a small environment, they can't name themselves VLLM::EngineCore."""
-    children = [child for replica in replicas() for child in replica.children()]
-    return [p for p in children if re.search("VLLM::EngineCore|spawn_main", " ".join(p.cmdline()))]
+    found = []
+    for replica in replicas():
+        with contextlib.suppress(psutil.NoSuchProcess):  # One may end meanwhile.
+            children = [(child, " ".join(child.cmdline())) for child in replica.children()]
+            found += [child for child, line in children if re.search("VLLM::EngineCore|spawn_main", line)]
+    return found
 
 
 def listening() -> dict[int, set[str]]:

@@ -47,16 +47,19 @@ def test_no_burst_is_refused_while_there_is_room(served, path, body, size):
 @pytest.mark.section("Harden the app")
 @pytest.mark.parametrize("headers", [{}, {"x-request-disconnect-disabled": "?1"}], ids=["plain", "header game"])
 def test_requests_of_a_client_that_leaves_end(served, headers):
-    def tokens() -> float:
-        return metric("ray_vllm_generation_tokens_total")
+    def tokens() -> float | bool:
+        """How many the engine has generated, once two readings agree: they are reported late. Else False."""
+        first = metric("ray_vllm_generation_tokens_total")
+        time.sleep(5)
+        return first == metric("ray_vllm_generation_tokens_total") and first
 
-    before = tokens()
+    before = wait_for(tokens, "end of the requests before")
     long = {**COMPLETION, "max_tokens": 8000, "n": 4, "ignore_eos": True, "stream": True}
     with requests.post(f"{URL}/v1/completions", json=long, headers=headers, stream=True, timeout=60) as response:
         assert next(response.iter_lines()).startswith(b"data: ")
-    wait_for(lambda: tokens() > before, "report of the tokens")
-    wait_for(lambda: metric("ray_vllm_num_requests_running") == 0, "end of the abandoned requests")
-    assert 0 < tokens() - before < 16_000, "They ran to their end, which is after 32,000 tokens"
+    wait_for(lambda: metric("ray_vllm_generation_tokens_total") > before, "report of the tokens")
+    after = wait_for(tokens, "end of the abandoned requests")
+    assert 0 < after - before < 16_000, "They ran to their end, which is after 32,000 tokens"
 
 
 @pytest.mark.section("Harden the app")
@@ -64,20 +67,30 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
     limits = re.findall(r"max_(?:ongoing|queued)_requests=(\d+)", cell("serve-app"))
     accepted = sum(map(int, limits))
     assert len(limits) == 2
+    counted = []
+
+    async def watch_autoscaler(load: asyncio.Task):
+        while not load.done():
+            counted.append(await asyncio.to_thread(metric, "ray_serve_autoscaling_total_requests"))
+            await asyncio.sleep(1)
 
     async def overload():
         long = COMPLETION | {"max_tokens": 512, "ignore_eos": True}
         refused = asyncio.Event()
         at_once = asyncio.create_task(burst("/v1/completions", long, accepted + 80, refused))
+        watch = asyncio.create_task(watch_autoscaler(at_once))
         await asyncio.wait_for(refused.wait(), timeout=60)
         async with AsyncOpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=100) as client:
             patient = await client.completions.with_raw_response.create(**COMPLETION)
+        await watch
         return await at_once, patient.retries_taken
 
     start_s = time.monotonic()
     answers, retries = asyncio.run(overload())
     counts = Counter(status for status, _, _ in answers)
     print(f"Overload: {dict(counts)} in {time.monotonic() - start_s:.0f} s; one that came back {retries} times got in")
+    print(f"The autoscaler counted at most {max(counted):.0f} requests")
+    assert 0 < max(counted) <= int(limits[0]), "It counts requests that wait for a place, too: say so in the text"
     assert set(counts) == {200, 429} and counts[200] >= accepted and retries >= 1
     refused = [(retry_after, text) for status, retry_after, text in answers if status == 429]
     assert {retry_after for retry_after, _ in refused} == {"5"}

@@ -1,13 +1,20 @@
 """A shutdown lets answers under way finish."""
 
+import inspect
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from ray.serve._private.client import ServeControllerClient
 
 from ci.common import run
 from ci.tests.serving.app import COMPLETION, URL, engines, replicas, wait_for
+
+
+@pytest.mark.section("Shut down the local deployment")
+def test_serve_shutdown_waits_half_a_minute_at_most():
+    assert inspect.signature(ServeControllerClient.shutdown).parameters["timeout_s"].default == 30
 
 
 @pytest.mark.section("Shut down the local deployment")

@@ -19,5 +19,5 @@ def test_commands_from_another_ray_and_without_its_token(cluster, quoted):
 @pytest.mark.section("Troubleshooting")
 def test_app_that_asks_for_a_gpu_waits_and_says_so(cluster, quoted, tmp_path):
     deploy("serve_llama_3_1_8b:app", tmp_path)
-    message = wait_for(lambda: server_status()["message"], "message of the deployment", 120)
+    message = wait_for(lambda: server_status()["message"], "message of the deployment")
     quoted("... replicas that have taken more than ... to be scheduled.", message)
