@@ -12,9 +12,17 @@ import time
 
 import ray
 from ray import serve
+from ray.llm._internal.common.callbacks.base import CallbackBase
 from ray.serve.llm import LLMConfig, LLMServer, build_llm_deployment, build_openai_app
 
 from benchmarks.variants import merged
+
+
+class NoNodeInit(CallbackBase):
+    """Leaves the download of the weights to the engine, in place of a task on each of its nodes."""
+
+    async def on_before_node_init(self) -> None:
+        self.ctx.run_init_node = False
 
 
 def changed_settings(base: str, changes: dict) -> dict:

@@ -249,7 +249,7 @@ def main() -> None:
                 args.servers, args.sitting, args.results, args.random_weights, args.start_limit_s, args.kv_gib
             )
         except BaseException:
-            if servers.STATE.exists() and args.step == "all":
+            if servers.STATE.exists():
                 servers.stop()
             raise
     folder = args.results / args.sitting if args.sitting else Path(servers.load_state()["records"])

@@ -188,9 +188,11 @@ def settings_of(asks: list[dict]) -> list[dict]:
 
 
 def logs(server: dict, index: int) -> str:
-    """What the server has logged, the engine's part included."""
-    session = Path(f"/tmp/benchmark-{index}/session_latest/logs").glob("worker-*")
-    files = [Path(server["log"]), *(session if server["kind"] == "ray" else [])]
+    """What the server has logged, with the engine's part, and Ray Serve's, which alone has a replica's errors."""
+    session = Path(f"/tmp/benchmark-{index}/session_latest/logs")
+    files = [Path(server["log"])]
+    if server["kind"] == "ray":
+        files += [*session.glob("worker-*"), *session.glob("serve/*.log")]
     return "".join(file.read_text(errors="replace") for file in files)
 
 
@@ -198,7 +200,9 @@ def check_alive(server: dict, index: int, processes: list[subprocess.Popen]) -> 
     """Raises RuntimeError when a process has ended that the server needs: the last may end once all is deployed."""
     codes = [process.poll() for process in processes]
     if codes[0] is not None or codes[-1]:
-        raise RuntimeError(f"{server['name']} ended. The end of {server['log']}:\n{logs(server, index)[-4000:]}")
+        errors = list(dict.fromkeys(re.findall(r"^\S*Error: .+", logs(server, index), flags=re.M)))
+        end = Path(server["log"]).read_text(errors="replace")[-3000:]
+        raise RuntimeError("\n".join([f"{server['name']} ended. The end of {server['log']}:", end, *errors[-5:]]))
 
 
 def answers(server: dict) -> bool:

@@ -1,8 +1,12 @@
 """What the benchmark computes from its records, against numbers that are known."""
 
 import json
+import os
+import shutil
+import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +112,37 @@ def test_second_start_does_not_stop_the_first(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run", "all", "tutorial"])
     with pytest.raises(SystemExit, match="Servers are up already"):
         main()
+
+
+@pytest.mark.parametrize("step", ["all", "start"])
+def test_start_that_fails_stops_what_it_started(tmp_path, monkeypatch, step):
+    def start(*_):
+        servers.STATE.write_text("{}")
+        raise RuntimeError("No first token")
+
+    stopped = []
+    monkeypatch.setattr(servers, "STATE", tmp_path / "servers.json")
+    monkeypatch.setattr(servers, "start", start)
+    monkeypatch.setattr(servers, "stop", lambda: stopped.append(1))
+    monkeypatch.setattr(sys, "argv", ["run", step, "tutorial"])
+    with pytest.raises(RuntimeError, match="No first token"):
+        main()
+    assert stopped == [1]
+
+
+def test_error_of_a_replica_is_told_though_only_ray_serve_has_logged_it(tmp_path):
+    ended = subprocess.Popen(["true"])
+    assert ended.wait(timeout=30) == 0
+    (tmp_path / "server.log").write_text("Deploying application default failed")
+    server, index = {"name": "tutorial", "kind": "ray", "log": str(tmp_path / "server.log")}, f"check-{os.getpid()}"
+    folder = Path(f"/tmp/benchmark-{index}/session_latest/logs/serve")
+    folder.mkdir(parents=True)
+    try:
+        (folder / "controller_1.log").write_text("Traceback:\nTypeError: unknown setting\nINFO stopping\n")
+        with pytest.raises(RuntimeError, match="(?s)tutorial ended.*application default failed\nTypeError: unknown"):
+            servers.check_alive(server, index, [ended])
+    finally:
+        shutil.rmtree(f"/tmp/benchmark-{index}")
 
 
 def test_servers_that_did_not_come_up_are_not_measured(tmp_path, monkeypatch):
