@@ -196,13 +196,17 @@ def logs(server: dict, index: int) -> str:
     return "".join(file.read_text(errors="replace") for file in files)
 
 
+def errors(server: dict, index: int) -> str:
+    """What the server has called an error, each once, the last 20."""
+    return "\n".join([*dict.fromkeys(re.findall(r"[\w.]*Error: .+", logs(server, index)))][-20:])
+
+
 def check_alive(server: dict, index: int, processes: list[subprocess.Popen]) -> None:
     """Raises RuntimeError when a process has ended that the server needs: the last may end once all is deployed."""
     codes = [process.poll() for process in processes]
     if codes[0] is not None or codes[-1]:
-        errors = list(dict.fromkeys(re.findall(r"^\S*Error: .+", logs(server, index), flags=re.M)))
-        end = Path(server["log"]).read_text(errors="replace")[-3000:]
-        raise RuntimeError("\n".join([f"{server['name']} ended. The end of {server['log']}:", end, *errors[-5:]]))
+        end = Path(server["log"]).read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{server['name']} ended. The end of {server['log']}:\n{end}\n{errors(server, index)}")
 
 
 def answers(server: dict) -> bool:
@@ -263,7 +267,9 @@ def wait_for_first_tokens(servers: list[dict], processes: list[list[subprocess.P
             if all_run and answers(server):
                 describe(waiting.pop(index), index)
         if time.monotonic() > deadline:
-            raise RuntimeError(f"No first token within {timeout_s:.0f} s from {[s['name'] for s in waiting.values()]}")
+            said = "\n".join(errors(server, index) for index, server in waiting.items())
+            names = [server["name"] for server in waiting.values()]
+            raise RuntimeError(f"No first token within {timeout_s:.0f} s from {names}. Errors in their logs:\n{said}")
         time.sleep(0.5)
 
 

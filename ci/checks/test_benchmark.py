@@ -130,8 +130,8 @@ def test_start_that_fails_stops_what_it_started(tmp_path, monkeypatch, step):
     assert stopped == [1]
 
 
-def test_error_of_a_replica_is_told_though_only_ray_serve_has_logged_it(tmp_path):
-    ended = subprocess.Popen(["true"])
+def test_error_of_a_replica_is_told_though_only_ray_serve_has_logged_it(tmp_path, monkeypatch):
+    ended, running = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
     assert ended.wait(timeout=30) == 0
     (tmp_path / "server.log").write_text("Deploying application default failed")
     server, index = {"name": "tutorial", "kind": "ray", "log": str(tmp_path / "server.log")}, f"check-{os.getpid()}"
@@ -139,9 +139,15 @@ def test_error_of_a_replica_is_told_though_only_ray_serve_has_logged_it(tmp_path
     folder.mkdir(parents=True)
     try:
         (folder / "controller_1.log").write_text("Traceback:\nTypeError: unknown setting\nINFO stopping\n")
-        with pytest.raises(RuntimeError, match="(?s)tutorial ended.*application default failed\nTypeError: unknown"):
+        (folder.parent / "worker-1.out").write_text("(EngineCore pid=1) ValueError: too little memory\n")
+        said = "application default failed\nValueError: too little memory\nTypeError: unknown setting"
+        with pytest.raises(RuntimeError, match=f"(?s)tutorial ended.*{said}"):
             servers.check_alive(server, index, [ended])
+        monkeypatch.setattr(servers, "errors", lambda server, index: f"The errors of {server['name']}")
+        with pytest.raises(RuntimeError, match="(?s)No first token within 0 s .*The errors of tutorial"):
+            servers.wait_for_first_tokens([server | {"port": 1, "model_id": "m"}], [[running]], timeout_s=0)
     finally:
+        running.kill()
         shutil.rmtree(f"/tmp/benchmark-{index}")
 
 

@@ -161,8 +161,8 @@ def test_pods_end_after_ray_has_drained_and_ray_after_the_answers(service, group
     for role, group in groups.items():
         drains_s = float(variables(group["container"])["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
         assert drains_s >= answers_s + RESERVED_S, f"{role}: Ray drains {drains_s} s, an answer may take {answers_s} s"
-    grace_s = groups["workers"]["template"]["spec"].get("terminationGracePeriodSeconds", 30)
-    assert grace_s >= drains_s + RESERVED_S, f"The pod is killed after {grace_s} s, Ray drains {drains_s} s"
+        grace_s = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
+        assert grace_s >= drains_s + RESERVED_S, f"{role}: killed after {grace_s} s, while Ray drains {drains_s} s"
     assert service["spec"]["rayClusterDeletionDelaySeconds"] >= answers_s, "The old cluster goes before its answers"
 
 

@@ -15,12 +15,14 @@ from support.machine import MEMORY_GIB, Machine
 
 pytestmark = pytest.mark.section("The repository")
 RAY, VLLM = (pinned("gpu")[name].rpartition(".")[0] for name in ("ray", "vllm"))  # Two numbers of three
+CUDA = re.search(r"^cuda-toolkit.*==(\d+)\.", (ROOT / "ci" / "locks" / "gpu.txt").read_text(), flags=re.M)[1]
+DRIVERS = {"13": 580}  # The oldest for each: https://docs.nvidia.com/deploy/cuda-compatibility/
 # Each number in the text that no record and no computation stands behind, by cell, with where it comes from.
 NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
     "title": f"3.1 1 4.50 60 0.34 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
-    "about-config": "3.11 3.12 580",  # What the locks hold for; the driver of their CUDA
+    "about-config": f"3.11 3.12 {DRIVERS[CUDA]}",  # What the locks hold for
     "monitor": "16 128 64",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
@@ -48,6 +50,8 @@ NUMBERS = {
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
     "about-nodes": "127.0.0.1 503 200 1 100 15 30 60 75 120",
+    "about-manifest": "8080",
+    "kubernetes-update": "8000 120",
     "kubernetes-not-ready": "503",
     "start-sooner": "16",  # GB of weights in 16 bits
     # max_surge_percent came with 2.60; what test_update.py printed on two H200s, 2026-11-26

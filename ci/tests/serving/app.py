@@ -120,9 +120,11 @@ def engines() -> list[psutil.Process]:
     """The replicas' engines. In a small environment, they can't name themselves VLLM::EngineCore."""
     found = []
     for replica in replicas():
-        with contextlib.suppress(psutil.NoSuchProcess):  # One may end meanwhile.
-            children = [(child, " ".join(child.cmdline())) for child in replica.children()]
-            found += [child for child, line in children if re.search("VLLM::EngineCore|spawn_main", line)]
+        with contextlib.suppress(psutil.NoSuchProcess):  # It may end meanwhile, and so may each child.
+            for child in replica.children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if re.search("VLLM::EngineCore|spawn_main", " ".join(child.cmdline())):
+                        found.append(child)
     return found
 
 

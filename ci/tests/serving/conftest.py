@@ -51,10 +51,10 @@ def cluster(cell, tmp_path_factory):
         os.environ.update(API_KEY=API_KEY, HF_TOKEN=TOKEN_IN_VARIABLE, HF_TOKEN_PATH=str(token_file))
         if APP == STAND_IN:
             os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
+            # In place of 5: on two busy cores, the router may answer a burst later than that.
+            os.environ["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = "20"
         # Said early and often, as a fast machine starts a replica in less than Ray Serve's half a minute.
         os.environ |= {"RAY_SERVE_SLOW_STARTUP_WARNING_S": "3", "RAY_SERVE_SLOW_STARTUP_WARNING_PERIOD_S": "1"}
-        # In place of 5: on two busy cores, the router may answer a burst later than that.
-        os.environ["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = "20"
         exec(cell("check"), names)
         exec(cell("start-ray").partition("from support")[0], names)  # The variables
         ray_head = start_head()

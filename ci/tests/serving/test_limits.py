@@ -1,6 +1,7 @@
 """What a replica admits, and what becomes of requests whose client leaves."""
 
 import asyncio
+import contextlib
 import re
 import time
 from collections import Counter
@@ -71,7 +72,8 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
 
     async def watch_autoscaler(load: asyncio.Task):
         while not load.done():
-            counted.append(await asyncio.to_thread(metric, "ray_serve_autoscaling_total_requests"))
+            with contextlib.suppress(requests.RequestException):  # It may be late on a busy machine.
+                counted.append(await asyncio.to_thread(metric, "ray_serve_autoscaling_total_requests"))
             await asyncio.sleep(1)
 
     async def overload():

@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import requests
+from ray import serve
+from ray.dashboard.modules.serve import serve_head
 from ray.serve._private.client import ServeControllerClient
 
 from ci.common import run
@@ -14,7 +16,10 @@ from ci.tests.serving.app import COMPLETION, URL, engines, replicas, wait_for
 
 @pytest.mark.section("Shut down the local deployment")
 def test_serve_shutdown_waits_half_a_minute_at_most():
+    """What the command asks the dashboard for. A stream that outlasts it would take minutes on a slow machine."""
     assert inspect.signature(ServeControllerClient.shutdown).parameters["timeout_s"].default == 30
+    assert " client.shutdown()\n" in inspect.getsource(serve.shutdown)
+    assert " serve.shutdown()\n" in inspect.getsource(serve_head)
 
 
 @pytest.mark.section("Shut down the local deployment")
