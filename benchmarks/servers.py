@@ -141,9 +141,14 @@ def spawn_vllm(server: dict, changes: dict, engine_kwargs: dict, model: str) -> 
     return [spawn(command, Path(server["log"]), {**cpu_env, **changes.get("env", {})})]
 
 
+def ray_folder(index: int) -> str:
+    """Where the Ray of the server with this index keeps its sessions. Short, as the paths of sockets have to be."""
+    return f"/tmp/benchmark-{index}"
+
+
 def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
     """Start a Ray, and what deploys on it the app that env["BENCHMARK"] describes."""
-    folder = f"/tmp/benchmark-{index}"
+    folder = ray_folder(index)
     http, gcs, dashboard, client, agent, stats, metrics, replica, fallback, fallback_grpc = ports(index)
     env = {
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
@@ -189,7 +194,7 @@ def settings_of(asks: list[dict]) -> list[dict]:
 
 def logs(server: dict, index: int) -> str:
     """What the server has logged, with the engine's part, and Ray Serve's, which alone has a replica's errors."""
-    session = Path(f"/tmp/benchmark-{index}/session_latest/logs")
+    session = Path(ray_folder(index), "session_latest", "logs")
     files = [Path(server["log"])]
     if server["kind"] == "ray":
         files += [*session.glob("worker-*"), *session.glob("serve/*.log")]
@@ -320,7 +325,7 @@ def start_one(index: int, name: str, ask: dict, settings: dict, model: str) -> t
     """Start a server. Returns what STATE notes of it, and its processes."""
     changes, log = variant(name), BUILD / f"server-{index}.log"
     log.unlink(missing_ok=True)
-    shutil.rmtree(f"/tmp/benchmark-{index}", ignore_errors=True)
+    shutil.rmtree(ray_folder(index), ignore_errors=True)
     server = {"name": name, "kind": changes.get("server", "ray"), "port": ports(index)[0], "model_id": model_id(name)}
     server |= {"log": str(log), "changes": changes, "engine_kwargs": settings["engine_kwargs"], "began": time.time()}
     if server["kind"] == "vllm":
@@ -403,6 +408,6 @@ def stop() -> None:
         for process in psutil.wait_procs(processes, timeout=60)[1]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        shutil.rmtree(f"/tmp/benchmark-{index}", ignore_errors=True)
+        shutil.rmtree(ray_folder(index), ignore_errors=True)
     Path("/tmp/ray/ray_current_cluster").unlink(missing_ok=True)  # Later `ray` commands would look for it.
     STATE.unlink()

@@ -153,7 +153,7 @@ def test_prometheus_agrees_with_the_client(executed, load):
     def increase(metric):
         return query(metric, load.end_s + READ_S) - (query(metric, load.start_s) or 0)
 
-    # When Prometheus reads late, some of the notebook's 8 requests before the load count, too, and of the sweep's
+    # When Prometheus reads late, some of the few requests before the load count, too (8 at most), and of the sweep's
     # points those that had begun. A fast machine is through with several by then.
     points = [(file.stat().st_mtime, json.loads(file.read_text())) for file in (ROOT / "build").glob("sweep-*.json")]
     begun = [point for saved_s, point in points if saved_s - point["duration"] - 3 < load.end_s + READ_S]
