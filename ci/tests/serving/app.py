@@ -118,14 +118,9 @@ def replicas() -> list[psutil.Process]:
 
 def engines() -> list[psutil.Process]:
     """The replicas' engines. In a small environment, they can't name themselves VLLM::EngineCore."""
-    found = []
-    for replica in replicas():
-        with contextlib.suppress(psutil.NoSuchProcess):  # It may end meanwhile, and so may each child.
-            for child in replica.children():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if re.search("VLLM::EngineCore|spawn_main", " ".join(child.cmdline())):
-                        found.append(child)
-    return found
+    parents = [replica.pid for replica in replicas()]
+    children = [p for p in psutil.process_iter(["cmdline", "ppid"]) if p.info["ppid"] in parents]
+    return [p for p in children if re.search("VLLM::EngineCore|spawn_main", " ".join(p.info["cmdline"] or []))]
 
 
 def listening() -> dict[int, set[str]]:
