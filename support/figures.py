@@ -150,7 +150,7 @@ def draw_sweep(sweep: pd.DataFrame, slo_ms: float, machine: Machine) -> plt.Figu
         figure,
         "sweep",
         f"{answer}, and throughput {'grows up to' if knee < sweep.index[-1] else 'still grows at'} {knee}",
-        f"{setup_of(machine)}, n = 8 times the concurrency, 16 at least",
+        f"{setup_of(machine)}, n = 6 times the concurrency, 16 at least",
     )
 
 

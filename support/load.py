@@ -124,7 +124,7 @@ def sweep_load(tokenizer: str, most: int = 256) -> pd.DataFrame:
     """
     results, concurrency, growth = {}, 1, 1.0
     while concurrency <= most and growth > 0.1:
-        result = run_load(f"sweep-{concurrency}", tokenizer, concurrency, max(16, 8 * concurrency))
+        result = run_load(f"sweep-{concurrency}", tokenizer, concurrency, max(16, 6 * concurrency))
         if running_replicas() > 1:
             print("A second replica has joined, so this point isn't one replica's, and doesn't count.")
             break
