@@ -82,6 +82,47 @@ def test_tables_of_pairs_are_those_of_their_records(guide, title, one, other, ex
     assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
 
 
+def test_steps_from_the_default_path_are_those_of_their_records(guide):
+    """Each step beside the one before, and all of them multiplied."""
+    table = guide.partition("| Sitting | Added | Output")[2].partition("\n\n")[0]
+    rows, found, products, last = (
+        re.findall(r"^\| `([\w-]+)` \| (.+?) \| (.+) \|$", table, flags=re.M),
+        [],
+        [1, 1],
+        None,
+    )
+    for sitting, _, _ in rows:
+        measured = dict(points_of(sitting))
+        assert last is None or last in measured, f"{sitting} doesn't go on where the last step ended."
+        with_it = max(measured, key=lambda name: (name == "tutorial", len(name)))
+        pair = [measured.pop(with_it)[at("128 ±50%")], *(points[at("128 ±50%")] for points in measured.values())]
+        metrics = "output_tok_s", "ttft_p50_ms", "ttft_p99_ms"
+        found.append(" | ".join(said_of(pair, metric) for metric in metrics))
+        products = [n * records.ratio(*pair, m).value for n, m in zip(products, metrics, strict=False)]
+        last = with_it
+    assert len(rows) == 4 and last == "tutorial"
+    assert [row[2] for row in rows] == found, "\n".join(found)
+    text = guide.replace("\n", " ")
+    said = "that is {:.0%} more tokens than the defaults have, and a median first token in {:.0%} of the time."
+    assert said.format(products[0] - 1, products[1]).replace("%", " %") in text, products
+    tpots_ms = (records.estimate(cells, "tpot_p50_ms").value for cells in pair)
+    assert "a TPOT of {:.1f} ms in place of {:.1f}".format(*tpots_ms) in text
+    ends = records.read(records.RESULTS / "h200-ablation-stream-interval")
+    names = sorted(ends, key=len)  # The tutorial, and what it stood beside
+    replicas = (cores_of(ends[name], at("128 ±50%"), "replica or API server") for name in names)
+    assert "{:.2f} cores in place of {:.2f}.".format(*replicas) in text
+
+
+def test_more_requests_at_mlperfs_lengths_are_those_of_their_record(guide):
+    [cells] = points_of("h200-mlperf-512")["tutorial+fp8-per-channel+more-admitted"].values()
+    tok_s, tpot_ms, ttft_ms = (records.estimate(cells, m) for m in ("output_tok_s", "tpot_p99_ms", "ttft_p99_ms"))
+    text = guide.replace("\n", " ")
+    low, high = tok_s.interval
+    assert f"512 at once get {tok_s.value:,.0f} output tokens per second ({low:,.0f} to {high:,.0f})" in text
+    assert f"p99 is {tpot_ms.value:.0f} ms, that of TTFT {ttft_ms.value:,.0f} ms, both within" in text
+    assert tpot_ms.value < 100 and ttft_ms.value < 2000
+
+
 def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
     measured = points_of("h200-engine-processes")
     pair = [measured[name][at("128")] for name in ("vllm-serve+two-process-engine", "vllm-serve")]
@@ -99,6 +140,22 @@ def test_seconds_of_a_start_are_those_of_the_record(guide):
     names = "first_token", "until_engine", "engine_init", "compilation", "graph_capture", "rest"
     found = [[f"{run[name]:.0f}" for run in phases] for name in names]
     assert [row[1:] for row in rows] == found, found
+
+
+def test_seconds_of_shorter_starts_are_those_of_the_record(guide):
+    runs = json.loads((records.RESULTS / "h200-starts.json").read_text())["variants"]["runs"]
+    table = guide.partition("| Added | first token after, s |")[2].partition("\n\n")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    for (added, *seconds), run in zip(rows, runs, strict=True):
+        assert re.findall(r"`([\w-]+)`", added) == run["server"].split("+")[1:]
+        assert ("compile cache empty" in added) == (run["caches"] != "kept")
+        steps = [run["phases_s"][name] for name in ("until_engine", "engine_init")]
+        found = [run["first_token_s"], *steps, run["first_token_s"] - sum(steps)]
+        assert seconds == [f"{one:.0f}" for one in found], run["server"]
+    with_imports = [run["first_token_s"] for run in runs if "preloaded" in run["server"]]
+    text = guide.replace("\n", " ")
+    said = f"took {min(with_imports):.0f} to {max(with_imports):.0f} s, in place of {runs[0]['first_token_s']:.0f}."
+    assert said in text, said
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):

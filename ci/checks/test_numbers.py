@@ -14,7 +14,7 @@ pytestmark = pytest.mark.section("The faster path")
 CITATION = re.compile(
     r"\[([\d,.]+) [^]]*\]"
     r"\(benchmarks/results/([\w-]+)/([\w+-]+)\.json"
-    r" \"(\w+) at (\d+(?: ±50%)?)(?:, over ([\w+-]+)(?: at (\d+(?: ±50%)?))?)?\"\)"
+    r" \"(\w+)@(\d+(?:±50%)?)(?:/([\w+-]+)(?:@(\d+(?:±50%)?))?)?\"\)"
 )
 MEASURED = re.compile(
     r"\b\d[\d,.]* ?(?:times|x|fold|ms|s|seconds|tok/s|tokens per second|%)(?!\w)"
@@ -46,8 +46,8 @@ def points_of(sitting: str) -> dict[str, dict]:
 def at(load: str) -> str:
     """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent", and "mlperf, 256" names its lengths."""
     workload, _, load = load.rpartition(", ")
-    concurrency, _, varied = load.partition(" ")
-    return f"{workload or 'chat'}{varied and f' {varied}'}, {concurrency} concurrent"
+    concurrency, sign, share = load.partition("±")
+    return f"{workload or 'chat'}{sign and f' ±{share}'}, {concurrency.strip()} concurrent"
 
 
 def cited(citation: tuple[str, ...]) -> records.Estimate:
@@ -63,9 +63,10 @@ def cited(citation: tuple[str, ...]) -> records.Estimate:
 def test_each_number_equals_its_record(notebook):
     """A measured number in the text is a link to its record, whose title says where it stands there:
 
-    [1.4 times](benchmarks/results/h200-default-path/tutorial.json "output_tok_s at 128, over default-path")
+    [1.4 times](benchmarks/results/h200-default-path/tutorial.json "output_tok_s@128/default-path")
 
-    "at 128 ±50%" stands for lengths that vary, "over tutorial at 96" for another load of the other server.
+    "@128±50%" stands for lengths that vary, "/default-path" for what it is divided by, "/tutorial@96" for that server's
+    other load. Without blanks, so that who counts the page's words doesn't count these.
     """
     citations = [citation for text in prose(notebook).values() for citation in CITATION.findall(text)]
     assert len(citations) == sum(cell.source.count("](benchmarks/results/") for cell in notebook.cells) > 4
@@ -78,8 +79,10 @@ def test_each_number_equals_its_record(notebook):
 def test_text_says_what_may_not_be_claimed(notebook):
     """A ratio of fewer than five repetitions says how many, one whose interval includes 1 that it is noise."""
     for text in prose(notebook).values():
-        for row in [line for line in text.splitlines() if CITATION.search(line) and ", over " in line]:
+        for row in text.splitlines():
             found = [cited(citation) for citation in CITATION.findall(row) if citation[5]]
+            if not found:
+                continue
             few = any(one.repetitions < records.CLAIM_REPETITIONS for one in found)
             noise = any(one.interval[0] <= 1 <= one.interval[1] for one in found)
             assert ("repetitions" in row) == few and ("within the noise" in row) == (noise and not few), (row, found)
@@ -100,11 +103,24 @@ def test_each_ratio_stands_where_its_server_and_load_do(cell):
     for load, *ratios in rows:
         for title, ratio in zip(head[1:], ratios, strict=True):
             [other] = [server for name, server in SERVERS.items() if name in title]
-            point = load.strip() + " ±50%" * ("lengths vary" in title)
+            point = load.strip() + "±50%" * ("lengths vary" in title)
             for citation in CITATION.findall(ratio):
                 assert citation[2:] == ("tutorial", "output_tok_s", point, other, ""), title
                 found += 1
     assert found == 7
+
+
+def test_steps_go_from_the_defaults_to_the_app(cell):
+    """Each over the one before, and all of them multiplied."""
+    rows = [CITATION.findall(line) for line in cell("steps").splitlines() if line.startswith("|")][2:]
+    products, before = [1, 1], "default-path"
+    for citations in rows:
+        assert [(one[3], *one[5:]) for one in citations] == [(m, before, "") for m in ("output_tok_s", "ttft_p50_ms")]
+        products = [product * cited(one).value for product, one in zip(products, citations, strict=True)]
+        [before] = {one[2] for one in citations}
+    assert len(rows) == 4 and before == "tutorial"
+    assert "nearly a fifth more tokens, and a first token in an eighth of the time" in cell("steps")
+    assert 1.15 < products[0] < 1.2 and 1 / 8.5 < products[1] < 1 / 7.5, products
 
 
 def test_requests_that_a_fault_failed_are_those_of_the_record():
