@@ -44,7 +44,10 @@ def points_of(sitting: str) -> dict[str, dict]:
 
 
 def at(load: str) -> str:
-    """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent", and "mlperf, 256" names its lengths."""
+    """The label of a closed loop: "128 ±50%" is "chat ±50%, 128 concurrent", and "mlperf, 256" names its lengths.
+
+    A citation has no blank before "±".
+    """
     workload, _, load = load.rpartition(", ")
     concurrency, sign, share = load.partition("±")
     return f"{workload or 'chat'}{sign and f' ±{share}'}, {concurrency.strip()} concurrent"
@@ -77,15 +80,15 @@ def test_each_number_equals_its_record(notebook):
 
 
 def test_text_says_what_may_not_be_claimed(notebook):
-    """A ratio of fewer than five repetitions says how many, one whose interval includes 1 that it is noise."""
+    """Of a ratio of fewer than five repetitions it says how many, and of one whose interval includes 1, noise: behind
+    the number, before the next one and in the same cell of a table."""
     for text in prose(notebook).values():
-        for row in text.splitlines():
-            found = [cited(citation) for citation in CITATION.findall(row) if citation[5]]
-            if not found:
-                continue
-            few = any(one.repetitions < records.CLAIM_REPETITIONS for one in found)
-            noise = any(one.interval[0] <= 1 <= one.interval[1] for one in found)
-            assert ("repetitions" in row) == few and ("within the noise" in row) == (noise and not few), (row, found)
+        for *citation, after in re.findall(CITATION.pattern + r"([^[|\n]*)", text):
+            if citation[5]:
+                one = cited(tuple(citation))
+                few = one.repetitions < records.CLAIM_REPETITIONS
+                noise = one.interval[0] <= 1 <= one.interval[1] and not few
+                assert ("repetitions" in after) == few and ("within the noise" in after) == noise, (citation, after)
 
 
 def test_no_number_stands_without_its_record(each_notebook):
@@ -108,20 +111,6 @@ def test_each_ratio_stands_where_its_server_and_load_do(cell):
                 assert citation[2:] == ("tutorial", "output_tok_s", point, other, ""), title
                 found += 1
     assert found == 7
-
-
-def test_steps_go_from_the_defaults_to_the_app(cell):
-    """Each over the one before, and all of them multiplied."""
-    rows = [CITATION.findall(line) for line in cell("steps").splitlines() if line.startswith("|")][2:]
-    products, before = [1, 1], "default-path"
-    for citations in rows:
-        metrics = ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms")[: len(citations)]
-        assert [(one[3], *one[5:]) for one in citations] == [(metric, before, "") for metric in metrics]
-        products = [product * cited(one).value for product, one in zip(products, citations, strict=False)]
-        [before] = {one[2] for one in citations}
-    assert len(rows) == 4 and before == "tutorial"
-    assert "nearly a fifth more tokens, a median first token in an eighth of the time." in cell("steps")
-    assert 1.15 < products[0] < 1.2 and 1 / 8.5 < products[1] < 1 / 7.5, products
 
 
 def test_requests_that_a_fault_failed_are_those_of_the_record():

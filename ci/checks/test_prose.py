@@ -31,7 +31,7 @@ NUMBERS = {
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
-    "compare": "512 128 256 32 2.11.0",  # The records' lengths, points and versions
+    "compare": "512 128 256 32",  # The records' lengths, points and versions
     "steps": "128",
     "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py

@@ -1,0 +1,128 @@
+"""What each step from Ray Serve's defaults to this app brought, on the page and in benchmarks/README.md."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+import pytest
+from ray.llm._internal.serve.constants import MODEL_RESPONSE_BATCH_TIMEOUT_MS
+
+from benchmarks import records
+from ci.checks.test_guide import cells_of, said_of
+from ci.checks.test_numbers import CITATION, at, cited, points_of
+from ci.common import ROOT
+
+pytestmark = pytest.mark.section("The faster path")
+GUIDE = (ROOT / "benchmarks" / "README.md").read_text()
+TEXT = GUIDE.replace("\n", " ")
+STEPS = {  # From Ray Serve's defaults to the app, with what the tables call them
+    "haproxy": "HAProxy",
+    "direct-streaming": "direct streaming",
+    "throughput-flags": "`RAY_SERVE_THROUGHPUT_OPTIMIZED`",
+    "stream-interval": "`stream_interval=8`",
+}
+
+
+@dataclass
+class Step:
+    """A setting more than the one before: what both servers of its sitting had, the new one first, and their cells."""
+
+    sitting: str
+    pair: list[dict[int, records.Steady]]
+    cells: list[list[dict]]
+
+    def cores(self, kind: str) -> list[float]:
+        return [fmean(cell["cores"].get(kind, 0) for cell in cells) for cells in self.cells]
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[Step]:
+    found, server, point = [], "default-path", at("128 ±50%")
+    for step in STEPS:
+        names = ["tutorial" if step == "stream-interval" else f"{server}+{step}", server]
+        sitting, server = f"h200-ablation-{step}", names[0]
+        both, points = records.read(records.RESULTS / sitting), points_of(sitting)
+        assert both.keys() == set(names), "A step goes on where the last one ended."
+        cells = [cells_of(both[name], point) for name in names]
+        found.append(Step(sitting, [points[name][point] for name in names], cells))
+    return found
+
+
+def test_table_of_the_steps_is_theirs(steps):
+    head = "Added | Output tokens per second, with / without: ratio | TTFT p50, ms | TTFT p99, ms | TPOT p50, ms |\n"
+    table = GUIDE.partition(head)[2].partition("\n\n")[0].splitlines()[1:]
+    metrics = {"output_tok_s": 0, "ttft_p50_ms": 0, "ttft_p99_ms": 0, "tpot_p50_ms": 1}
+    found = []
+    for step, label in zip(steps, STEPS.values(), strict=True):
+        said = (said_of(step.pair, metric, digits) for metric, digits in metrics.items())
+        found.append(f"| `{step.sitting}` | {label} | {' | '.join(said)} |")
+    assert table == found, "\n".join(found)
+
+
+def test_steps_together_are_the_product_of_their_ratios(steps):
+    products = []
+    for metric in ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms"):
+        ratios = [records.ratio(*step.pair, metric) for step in steps]
+        whole = np.prod([ratio.value for ratio in ratios])
+        # The sittings know nothing of each other: their deviations add up as squares.
+        half = np.sqrt(sum((np.log(ratio.interval[1] / ratio.interval[0]) / 2) ** 2 for ratio in ratios))
+        products.append(100 * np.array([whole, whole * np.exp(-half), whole * np.exp(half)]))
+    said = "{:.0f} % more tokens than the defaults have ({:.0f} to {:.0f} %), a median".format(*(products[0] - 100))
+    said += " first token in {:.0f} % of the time ({:.0f} to {:.0f} %), and a TPOT".format(*products[1])
+    said += " {:.0f} % higher ({:.0f} to {:.0f} %).".format(*(products[2] - 100))
+    assert said in TEXT, said
+    ends = [points_of("h200-default-path")[name][at("128")] for name in ("tutorial", "default-path")]
+    more, first, tpot = (100 * records.ratio(*ends, m).value for m in ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms"))
+    wait_ms = records.estimate(ends[0], "ttft_p50_ms").value
+    said = (
+        f"{more - 100:.0f} % more tokens, a first token in {first:.0f} % of the time, since it waits for the prompts "
+    )
+    said += f"of all others ({wait_ms:.0f} ms), and a TPOT {100 - tpot:.0f} % lower."
+    assert said in TEXT, said
+
+
+def test_reasons_for_the_steps_are_those_of_the_records(steps):
+    haproxy, streaming, last = steps[0], steps[1], steps[3]
+    proxies, ingresses, replicas = (haproxy.cores(kind) for kind in ("proxy actor", "ingress", "replica or API server"))
+    said = f"proxy took {proxies[1]:.2f} cores, the ingress {ingresses[1]:.2f} and the replica {replicas[1]:.2f}. With "
+    said += f"HAProxy the proxy is gone, and the ingress takes {ingresses[0]:.2f}."
+    assert said in TEXT and proxies[0] < 0.05 and streaming.cores("ingress")[0] == 0, said
+    replicas = [step.cores("replica or API server")[0] for step in (streaming, last)]
+    assert "The replica then took {:.2f} cores, and with all steps {:.2f}.".format(*replicas) in TEXT
+    assert f"the tokens of {MODEL_RESPONSE_BATCH_TIMEOUT_MS:.0f} ms before it hands them on" in TEXT
+    machine = [cell["cores"]["machine"] for cells in steps[2].cells for cell in cells]
+    assert f"cores from {min(machine):.0f} to {max(machine):.0f} beside the third step" in TEXT, machine
+    whole = [np.median([latency for cell in cells for latency in cell["latency"]]) for cells in last.cells]
+    assert "the whole takes as long" in TEXT and whole[0] == pytest.approx(whole[1], rel=0.02)
+
+
+def test_goodput_of_the_steps_is_that_of_their_records(steps):
+    ratios = [records.ratio(*step.pair, "goodput_interactive_req_s") for step in steps]
+    assert [low <= 1 <= high for low, high in (one.interval for one in ratios)] == [False, False, False, True]
+    kept = [[records.estimate(one, "goodput_interactive_req_s").value for one in step.pair] for step in steps]
+    said = "Interactive limits ({:.0f} ms, {:.0f} ms): ".format(*records.LIMITS_MS["interactive"])
+    said += (
+        "{:.1f} in place of {:.1f}, {:.1f} in place of {:.1f}, {:.1f} in place of {:.1f}, and {:.1f} in place of {:.1f}"
+    )
+    assert (said + ", the last within the noise.").format(*np.ravel(kept)) in TEXT, kept
+
+
+def test_steps_go_from_the_defaults_to_the_app(cell):
+    """Each over the one before, and all of them multiplied. TPOT is told where it can be claimed."""
+    head, _, *rows = [line for line in cell("steps").splitlines() if line.startswith("|")]
+    assert head == "| Added | Throughput | Median first token |"
+    products, before = {"output_tok_s": 1, "ttft_p50_ms": 1, "tpot_p50_ms": 1}, "default-path"
+    for row, (step, label) in zip(rows, STEPS.items(), strict=True):
+        _, said, throughput, latencies, _ = row.split("|")
+        found = CITATION.findall(throughput) + CITATION.findall(latencies)
+        server = "tutorial" if step == "stream-interval" else f"{before}+{step}"
+        assert said.strip() == label and {one[2] for one in found} == {server}
+        whole = {metric: cited((*found[0][:3], metric, *found[0][4:])) for metric in products}
+        claimed = [m for m, one in whole.items() if m != "tpot_p50_ms" or not one.interval[0] <= 1 <= one.interval[1]]
+        assert [(one[3], *one[5:]) for one in found] == [(metric, before, "") for metric in claimed]
+        assert ("TPOT [" in latencies) == ("tpot_p50_ms" in claimed)
+        products = {metric: product * whole[metric].value for metric, product in products.items()}
+        before = server
+    said = "nearly a fifth more tokens, a median first token in an eighth of the time, later ones a tenth slower."
+    assert said in cell("steps") and 1.15 < products["output_tok_s"] < 1.2
+    assert 1 / 8.5 < products["ttft_p50_ms"] < 1 / 7.5 and 1.05 < products["tpot_p50_ms"] < 1.15, products
