@@ -74,10 +74,8 @@ def test_steps_together_are_the_product_of_their_ratios(steps):
     ends = [points_of("h200-default-path")[name][at("128")] for name in ("tutorial", "default-path")]
     more, first, tpot = (100 * records.ratio(*ends, m).value for m in ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms"))
     wait_ms = records.estimate(ends[0], "ttft_p50_ms").value
-    said = (
-        f"{more - 100:.0f} % more tokens, a first token in {first:.0f} % of the time, since it waits for the prompts "
-    )
-    said += f"of all others ({wait_ms:.0f} ms), and a TPOT {100 - tpot:.0f} % lower."
+    said = f"{more - 100:.0f} % more tokens, a first token in {first:.0f} % of the time, since it waits for the"
+    said += f" prompts of all others ({wait_ms:.0f} ms), and a TPOT {100 - tpot:.0f} % lower."
     assert said in TEXT, said
 
 
@@ -100,11 +98,9 @@ def test_goodput_of_the_steps_is_that_of_their_records(steps):
     ratios = [records.ratio(*step.pair, "goodput_interactive_req_s") for step in steps]
     assert [low <= 1 <= high for low, high in (one.interval for one in ratios)] == [False, False, False, True]
     kept = [[records.estimate(one, "goodput_interactive_req_s").value for one in step.pair] for step in steps]
-    said = "Interactive limits ({:.0f} ms, {:.0f} ms): ".format(*records.LIMITS_MS["interactive"])
-    said += (
-        "{:.1f} in place of {:.1f}, {:.1f} in place of {:.1f}, {:.1f} in place of {:.1f}, and {:.1f} in place of {:.1f}"
-    )
-    assert (said + ", the last within the noise.").format(*np.ravel(kept)) in TEXT, kept
+    *first, last = ("{:.1f} in place of {:.1f}".format(*pair) for pair in kept)
+    limits = "Interactive limits ({:.0f} ms, {:.0f} ms)".format(*records.LIMITS_MS["interactive"])
+    assert f"{limits}: {', '.join(first)}, and {last}, the last within the noise." in TEXT, kept
 
 
 def test_steps_go_from_the_defaults_to_the_app(cell):
