@@ -18,6 +18,7 @@ import openai
 import psutil
 
 from benchmarks.variants import VARIANTS, merged, variant
+from support.serving import haproxy_without_splicing
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "benchmarks"
@@ -152,6 +153,7 @@ def spawn_ray(server: dict, index: int, env: dict) -> list[subprocess.Popen]:
     http, gcs, dashboard, client, agent, stats, metrics, replica, fallback, fallback_grpc = ports(index)
     env = {
         "RAY_ADDRESS": f"127.0.0.1:{gcs}",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": haproxy_without_splicing(),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(fallback),
@@ -268,8 +270,9 @@ def wait_for_first_tokens(servers: list[dict], processes: list[list[subprocess.P
     while waiting:
         for index, server in list(waiting.items()):
             check_alive(server, index, processes[index])
-            all_run = replicas(server) == 1 or processes[index][-1].poll() == 0  # One may answer before the others.
-            if all_run and answers(server):
+            # One replica may answer before the others, and requests that give up on none keep HAProxy busy.
+            deployed = server["kind"] != "ray" or processes[index][-1].poll() == 0
+            if deployed and answers(server):
                 describe(waiting.pop(index), index)
         if time.monotonic() > deadline:
             said = "\n".join(errors(server, index) for index, server in waiting.items())

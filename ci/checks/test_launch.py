@@ -74,6 +74,7 @@ def test_notebook_and_terminal_start_the_same_ray(calls_of_ray, cell, tmp_path):
         _, umask, variables = calls[1]
         assert umask == 0o077 and variables["RAY_AUTH_MODE"] == "token"
         assert {name: variables.get(name) for name in FAST_PATH} == dict.fromkeys(FAST_PATH, "1")
+        assert variables["RAY_SERVE_HAPROXY_BINARY_PATH"].endswith("/build/haproxy")
         arguments.append(set(calls[1][0]))
     assert arguments[0] < arguments[1], "The terminal's Ray has an option that the notebook's hasn't"
     extra = {argument.split("=")[0] for argument in arguments[1] - arguments[0]}
@@ -162,6 +163,25 @@ def test_app_listens_where_the_launch_says_and_is_waited_for(monkeypatch, cell):
     monkeypatch.setattr(serving, "wait_for_first_token", lambda: calls.append("first token"))
     exec(cell("run-app"), {"host": "10.0.0.7", "machine": SimpleNamespace(app="some:app")})
     assert calls == [{"http_options": {"host": "10.0.0.7"}}, "SOME:APP", "first token"]
+
+
+def test_first_token_is_asked_for_once_a_replica_runs(monkeypatch):
+    """A request before that might keep HAProxy busy: TROUBLESHOOTING.md."""
+    said, asked = iter([None, "DEPLOYING", "RUNNING"]), []
+
+    def status() -> SimpleNamespace:
+        asked.append(next(said, "DEPLOYING"))
+        deployments = {"LLMServer": SimpleNamespace(status=SimpleNamespace(value="UPDATING"))}
+        app = SimpleNamespace(status=asked[-1], deployments=deployments)
+        return SimpleNamespace(applications={"default": app} if asked[-1] else {})
+
+    completions = SimpleNamespace(create=lambda **_: asked.append("a token"))
+    monkeypatch.setattr(serve, "status", status)
+    monkeypatch.setattr(serving.openai, "OpenAI", lambda **_: SimpleNamespace(completions=completions))
+    serving.wait_for_first_token(timeout_s=60)
+    assert asked == [None, "DEPLOYING", "RUNNING", "a token"]
+    with pytest.raises(TimeoutError, match=r"After 1 s, the app doesn't run yet: \{'LLMServer': 'UPDATING'\}"):
+        serving.wait_for_first_token(timeout_s=1)
 
 
 @pytest.mark.section("Shut down the local deployment")
