@@ -15,34 +15,34 @@ from openai import AsyncOpenAI
 from ci.tests.serving.app import API_KEY, CHAT, COMPLETION, URL, complete, metric, wait_for
 
 
-async def burst(path: str, body: dict, size: int, refused: asyncio.Event | None = None) -> list[tuple]:
-    """Send `size` requests at once; returns each one's status, Retry-After header and text.
+async def burst(path: str, bodies: list[dict], refused: asyncio.Event | None = None) -> list[tuple]:
+    """Send a request for each body, all at once; returns each one's status, Retry-After header and text.
 
     Sets `refused` at the first 429."""
     gate = asyncio.Event()
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
 
-        async def send():
+        async def send(body: dict):
             await gate.wait()
             async with session.post(f"{URL}{path}", json=body) as answer:
                 if refused and answer.status == 429:
                     refused.set()
                 return answer.status, answer.headers.get("Retry-After"), await answer.text()
 
-        sent = [asyncio.create_task(send()) for _ in range(size)]
+        sent = [asyncio.create_task(send(body)) for body in bodies]
         await asyncio.sleep(0)
         gate.set()
         return await asyncio.gather(*sent)
 
 
 @pytest.mark.section("Harden the app")
-@pytest.mark.parametrize("size", [64, 128, 200, 256])
+@pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("path, body", [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
 def test_no_burst_is_refused_while_there_is_room(served, path, body, size):
     """The first of these bursts meets a replica that has just started."""
     for _ in range(10):
-        answers = asyncio.run(burst(path, body, size))
+        answers = asyncio.run(burst(path, [body] * size))
         assert Counter(status for status, _, _ in answers) == {200: size}
 
 
@@ -64,21 +64,19 @@ def test_requests_of_a_client_that_leaves_end(served, headers):
     assert 0 < after - before < 16_000, "They ran to their end, which is after 32,000 tokens"
 
 
-@pytest.mark.section("Harden the app")
-def test_requests_whose_clients_give_up_before_an_answer_end(served):
-    """All of them. With splicing, HAProxy would miss one in sixteen: test_haproxy.py."""
-    tokens, ended = metric("ray_vllm_generation_tokens_total"), metric("ray_vllm_request_success_total")
-    long = {**COMPLETION, "max_tokens": 8000, "ignore_eos": True}
+@pytest.mark.section("Troubleshooting")
+def test_request_without_a_stream_runs_to_its_end_when_its_client_leaves(served):
+    """Of Ray Serve LLM 2.60.0. Where one ends, TROUBLESHOOTING.md may stop saying so."""
+    ended = metric("ray_vllm_request_success_total")
+    long = {**COMPLETION, "max_tokens": 1000, "ignore_eos": True}
 
-    def give_up(number: int) -> None:
+    def give_up(_: int) -> None:
         with pytest.raises(requests.ReadTimeout):
-            requests.post(f"{URL}/v1/completions", json=long, timeout=0.5 + number % 4 / 4)
+            requests.post(f"{URL}/v1/completions", json=long, timeout=1)
 
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(give_up, range(64)))
-    wait_for(lambda: metric("ray_vllm_generation_tokens_total") > tokens, "report of the tokens")
-    wait_for(lambda: metric("ray_vllm_num_requests_running") == 0, "end of the abandoned requests")
-    assert metric("ray_vllm_request_success_total") == ended, "Some ran to their end"
+        list(pool.map(give_up, range(8)))
+    wait_for(lambda: metric("ray_vllm_request_success_total") == ended + 8, "end of each request, as if awaited")
 
 
 @pytest.mark.section("Harden the app")
@@ -95,9 +93,10 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
             await asyncio.sleep(1)
 
     async def overload():
-        long = COMPLETION | {"max_tokens": 512, "ignore_eos": True}
+        # While the first ones run, the others wait in the engine, in the replica and for a place.
+        long = [COMPLETION | {"max_tokens": 512, "ignore_eos": True}] * 128
         refused = asyncio.Event()
-        at_once = asyncio.create_task(burst("/v1/completions", long, accepted + 80, refused))
+        at_once = asyncio.create_task(burst("/v1/completions", [*long, *[COMPLETION] * (accepted - 48)], refused))
         watch = asyncio.create_task(watch_autoscaler(at_once))
         await asyncio.wait_for(refused.wait(), timeout=60)
         async with AsyncOpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=100) as client:
