@@ -93,10 +93,9 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
             await asyncio.sleep(1)
 
     async def overload():
-        # While the first ones run, the others wait in the engine, in the replica and for a place.
-        long = [COMPLETION | {"max_tokens": 512, "ignore_eos": True}] * 128
+        long = COMPLETION | {"max_tokens": 256, "ignore_eos": True}
         refused = asyncio.Event()
-        at_once = asyncio.create_task(burst("/v1/completions", [*long, *[COMPLETION] * (accepted - 48)], refused))
+        at_once = asyncio.create_task(burst("/v1/completions", [long] * (accepted + 80), refused))
         watch = asyncio.create_task(watch_autoscaler(at_once))
         await asyncio.wait_for(refused.wait(), timeout=60)
         async with AsyncOpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=100) as client:
