@@ -1,9 +1,12 @@
 """Sphinx' settings for the docs pages: `make docs`."""
 
+import re
 import sys
 from pathlib import Path
 
 import nbformat
+from docutils import nodes
+from pygments.lexers import get_lexer_for_filename
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 from ci.tools import record  # noqa: E402
@@ -53,5 +56,13 @@ def prepare(app, docname: str, source: list[str]) -> None:
         source[0] = nbformat.writes(notebook)
 
 
+def color(app, doctree) -> None:
+    """Show each file that a cell writes in its own language, to which the cell's first line doesn't belong."""
+    for block in doctree.findall(nodes.literal_block):
+        if match := re.match(r"%%writefile (\S+)\n", block.astext()):
+            block["language"], block["force"] = get_lexer_for_filename(match[1]).aliases[0], True
+
+
 def setup(app) -> None:
     app.connect("source-read", prepare)
+    app.connect("doctree-read", color)

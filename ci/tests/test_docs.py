@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import requests
+from pygments.lexers import get_lexer_for_filename
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
@@ -116,7 +117,9 @@ def test_code_is_highlighted_and_can_be_copied(page):
                 ("# H200, random weights,", "# Two H200s, random ", "# The stand-in on ", "(anyscale ", "s3://")
             ), text
             continue
-        assert language in {"python", "ipython3", "bash", "yaml", "dockerfile"}, f"{language}: {text[:80]}"
+        assert language in {"python", "ipython3", "bash", "yaml", "docker", "dockerfile"}, f"{language}: {text[:80]}"
+        if file := re.match(r"%%writefile (\S+)", text):
+            assert language == get_lexer_for_filename(file[1]).aliases[0], f"{language}: {text[:80]}"
         assert buttons == 1 and spans > 0, f"{language}, {spans} highlighted words, {buttons} copy buttons: {text[:80]}"
 
 
