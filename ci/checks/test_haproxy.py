@@ -34,19 +34,24 @@ REQUESTS = 160
 
 
 class Slow(socketserver.BaseRequestHandler):
-    """Never answers, and counts the connections that are closed while it waits."""
+    """Never answers, and counts the connections: those opened, and those closed while it waits."""
 
     def handle(self):
+        self.server.opened.append(1)
         with contextlib.suppress(ConnectionResetError):
             while self.request.recv(65536):
                 pass
         self.server.closed.append(1)
 
 
+class Server(socketserver.ThreadingTCPServer):
+    daemon_threads, block_on_close, request_queue_size = True, False, REQUESTS
+
+
 @pytest.fixture
 def slow_server():
-    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Slow) as server:
-        server.daemon_threads, server.block_on_close, server.closed = True, False, []
+    with Server(("127.0.0.1", 0), Slow) as server:
+        server.opened, server.closed = [], []
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -79,10 +84,13 @@ def test_haproxy_notices_each_client_that_gives_up_once_it_does_not_splice(
                 time.sleep(0.1)
             with ThreadPoolExecutor(8) as pool:
                 list(pool.map(give_up, range(REQUESTS)))
-            deadline = time.monotonic() + (3 if splicing else 30)
-            while len(slow_server.closed) < REQUESTS and time.monotonic() < deadline:
+            opened, closed = slow_server.opened, slow_server.closed
+            deadline = time.monotonic() + (5 if splicing else 30)
+            while len(closed) < len(opened) and time.monotonic() < deadline:
                 time.sleep(0.1)
-            assert (len(slow_server.closed) < REQUESTS) == splicing, f"{len(slow_server.closed)} of {REQUESTS} noticed"
+            # On a busy machine, a client may give up before HAProxy has passed its request on.
+            assert len(opened) > REQUESTS // 2
+            assert (len(closed) < len(opened)) == splicing, f"{len(closed)} of {len(opened)} noticed"
         finally:
             haproxy.terminate()
 

@@ -17,7 +17,7 @@ from ci.tests.serving.app import MODEL, URL, deploy, running_replicas, wait_for
 from support.serving import start_head, stop_ray
 from tiny_llama.make_adapters import ANSWERS
 
-pytestmark = [pytest.mark.section("Serve your fine-tuned adapters"), pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.section("Serve your fine-tuned adapters"), pytest.mark.timeout(1500)]
 BASE = "Hello! How can I help you today?"
 
 
@@ -53,7 +53,7 @@ def cluster(cell, tmp_path_factory):
         def deploy_anew(app: str) -> None:
             one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
             deploy(app, folder, one)
-            wait_for(lambda: running_replicas() == 1 and say("Hello").status_code == 200, "answer", 300)
+            wait_for(lambda: running_replicas() == 1 and say("Hello").status_code == 200, "answer", 600)
 
         yield SimpleNamespace(deploy=deploy_anew, upload=upload)
         assert run("serve", "shutdown", "-y").returncode == 0

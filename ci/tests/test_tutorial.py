@@ -18,7 +18,7 @@ from ci.common import ROOT, run, troubleshooting
 from ci.tests.processes import assert_nothing_left, ends_with_this, what_the_tutorial_runs
 from support.load import OUTPUT_TOKENS
 
-pytestmark = [pytest.mark.timeout(2000), pytest.mark.section("Monitor your deployment")]
+pytestmark = [pytest.mark.timeout(2900), pytest.mark.section("Monitor your deployment")]
 SESSION = Path("/tmp/ray/session_latest")
 PROMETHEUS = "http://127.0.0.1:9097"
 READ_S = 15  # After the load. Prometheus has last read 5 to 15 s after it, for Ray to report all of it first.
@@ -58,7 +58,7 @@ def executed(tmp_path_factory):
         with open(folder / "prometheus.log", "w") as log:
             prometheus = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
-        nbmake.wait(timeout=1500)
+        nbmake.wait(timeout=2400)
         assert prometheus is None or prometheus.poll() is None, (folder / "prometheus.log").read_text()
         yield SimpleNamespace(
             passed=nbmake.returncode == 0,

@@ -53,6 +53,8 @@ def cluster(cell, tmp_path_factory):
             os.environ["MODEL_SOURCE"] = str(ROOT / "build" / "tiny-llama")
             # In place of 5: on two busy cores, the router may answer a burst later than that.
             os.environ["RAY_SERVE_HAPROXY_INGRESS_REQUEST_ROUTER_TIMEOUT_S"] = "20"
+            # In place of 120: a stream of thousands of tokens may take longer there.
+            os.environ["RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S"] = "600"
         # Said early and often, as a fast machine starts a replica in less than Ray Serve's half a minute.
         os.environ |= {"RAY_SERVE_SLOW_STARTUP_WARNING_S": "3", "RAY_SERVE_SLOW_STARTUP_WARNING_PERIOD_S": "1"}
         exec(cell("check"), names)
@@ -77,6 +79,6 @@ def served(cluster, tmp_path_factory):
     one = {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}}
     deploy(APP, tmp_path_factory.mktemp("served"), one)
     messages = []
-    wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica")
+    wait_for(lambda: messages.append(server_status()["message"]) or running_replicas() == 1, "replica", 600)
     wait_for(lambda: complete().status_code == 200, "completion")
     return "\n".join(messages)

@@ -1,6 +1,7 @@
 """`serve shutdown` cuts answers under way. They finish where the app is deleted first."""
 
 import contextlib
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import psutil
@@ -22,27 +23,38 @@ def begin(**changes):
     return lines
 
 
+def hold(running: list[psutil.Process]):
+    for one in running:
+        one.suspend()
+
+
+def let_go(running: list[psutil.Process]):
+    for one in running:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.resume()
+
+
 def test_answers_finish_where_the_app_is_deleted_and_are_cut_by_a_shutdown(served, tmp_path):
-    """The engine is held meanwhile, so that no answer is over by itself, however fast the machine is."""
-    [engine] = engines()
-    running = [*replicas(), engine]
-    short, long = begin(max_tokens=100), begin(max_tokens=8000, n=4)
+    """The engines are held meanwhile, so that no answer is over by itself, however fast the machine is."""
+    held, running = engines(), engines() + replicas()
+    long, short = begin(max_tokens=8000, n=4), begin(max_tokens=500)
+    hold(held)
     nothing = "applications: []"
     assert f"`{nothing}`" in troubleshooting() and yaml.safe_load(nothing) == {"applications": []}
     (tmp_path / "nothing.yaml").write_text(nothing + "\n")
-    engine.suspend()
+    deleted_s = time.monotonic()
     try:
         assert run("serve", "deploy", str(tmp_path / "nothing.yaml")).returncode == 0
         wait_for(lambda: "status: DELETING" in run("serve", "status").stdout, "app that is being deleted", 90)
-        engine.resume()
+        let_go(held)
         assert sum(b'"finish_reason":"length"' in line for line in short) == 1
-        engine.suspend()
+        hold(held)
         with ThreadPoolExecutor(1) as pool:
             shutdown = pool.submit(run, "serve", "shutdown", "-y")
             with pytest.raises(requests.exceptions.ChunkedEncodingError):
                 list(long)
+            assert time.monotonic() - deleted_s < 110, "The deletion's own limit, 120 s, may have cut it"
             assert shutdown.result().returncode == 0
     finally:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            engine.resume()
+        let_go(held)
     wait_for(lambda: not any(one.is_running() for one in running), "end of the replicas and engines")

@@ -22,6 +22,6 @@ def test_update_with_surge_fails_no_request(served, tmp_path):
     with load() as outcomes:
         two = {"autoscaling_config": {"min_replicas": 2, "max_replicas": 2}}
         deploy(APP, tmp_path, server | two, router)
-        wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 200, "answer without a key", 400)
-        wait_for(lambda: running_replicas() == 2, "second replica", 400)
+        wait_for(lambda: requests.get(f"{URL}/v1/models", timeout=30).status_code == 200, "answer without a key", 700)
+        wait_for(lambda: running_replicas() == 2, "second replica", 700)
     assert not report("Update with surge", outcomes, began_s)
