@@ -16,6 +16,8 @@ from ray.llm._internal.serve.constants import DEFAULT_MAX_ONGOING_REQUESTS
 from ray.serve._private.constants import (
     DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S,
     DEFAULT_HEALTH_CHECK_PERIOD_S,
+    RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S,
+    RAY_SERVE_DIRECT_INGRESS_SHUTDOWN_BUFFER_S,
     RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S,
     RAY_SERVE_HAPROXY_MAXCONN,
     REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD,
@@ -121,7 +123,10 @@ def test_text_names_rays_defaults(cell):
     assert DEFAULT_HEALTH_CHECK_PERIOD_S * REPLICA_HEALTH_CHECK_UNHEALTHY_THRESHOLD == 30
     assert "after half a minute | after three checks, six seconds" in cell("harden")
     assert "health_check_period_s=2," in cell("serve-app")
-    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S == 20 and "are cut after 20 s" in cell("harden")
+    at_least = RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S + RAY_SERVE_DIRECT_INGRESS_SHUTDOWN_BUFFER_S
+    assert DEFAULT_GRACEFUL_SHUTDOWN_TIMEOUT_S < at_least == 35 and "are cut after 35 s" in cell("harden")
+    # Three checks, and the time that a replica whose engine is dead stays, too
+    assert 6 + RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S == 36 and "an outage of 36 s plus" in cell("harden")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
     assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in troubleshooting()
 

@@ -173,7 +173,7 @@ def test_drained_node_hands_over_its_replica(served):
     [other] = [host for host in served.workers if host is not goes]
     # Two engines that poll leave a command 3 % of a core on a small machine: several minutes for its imports.
     drain = ["chrt", "--rr", "1", "ray", "drain-node", f"--address={served.head.address}:6379"]
-    drain += ["--deadline-remaining-seconds=240"]
+    drain += ["--deadline-remaining-seconds=400"]
     drain += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=maintenance"]
     drain += [f"--node-id={served.nodes()[goes.address]}"]
     with under_way(goes.url, served.url) as (whole, outcomes, happens):
