@@ -129,6 +129,12 @@ def test_text_names_rays_defaults(cell):
     assert 6 + RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S == 36 and "an outage of 36 s plus" in cell("harden")
     allowed = int(re.search(r"graceful_shutdown_timeout_s=(\d+)", cell("serve-app"))[1])
     assert allowed == RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S == 120 and "120 s by default" in troubleshooting()
+    [nodes] = [one.source for one in read_notebook("next_steps.ipynb").cells if one.id == "about-nodes"]
+    [drained] = {int(seconds) for seconds in re.findall(r"DRAIN_TIMEOUT_S=(\d+)", nodes)}
+    assert f"with {drained} s, after {drained - allowed}." in nodes
+    [deadline] = re.findall(r"say (\d+), which is more than a start and an answer", nodes)
+    # Two H200s had their first tokens after 184 s.
+    assert f"--deadline-remaining-seconds={deadline}\n" in nodes and int(deadline) > 184 + allowed
 
 
 @pytest.mark.section("Harden the app")

