@@ -11,6 +11,7 @@ from ci.common import read_notebook
 from ci.tests.serving.app import APP, OLD_ROUTER_STAYS, URL, deploy, load, report, running_replicas, wait_for
 
 
+@pytest.mark.timeout(1600)  # Above its waits, so that they say what they waited for
 @pytest.mark.section("Update without an outage")
 def test_update_with_surge_fails_no_request(served, tmp_path):
     [text] = [cell.source for cell in read_notebook("next_steps.ipynb").cells if cell.id == "updates"]
