@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from support.load import INPUT_TOKENS, OUTPUT_TOKENS, knee_of
+from support.load import INPUT_TOKENS, OUTPUT_TOKENS, VARIED, knee_of
 from support.machine import FIT_ON_H200, MEMORY_GIB, Machine
 
 FIGURES = Path("build/figures")
@@ -28,7 +28,7 @@ def finish(figure: plt.Figure, name: str, title: str, caption: str) -> plt.Figur
 
 def setup_of(machine: Machine, output_tokens: int = OUTPUT_TOKENS) -> str:
     versions = ", ".join(f"{label} {version(name)}" for label, name in (("Ray", "ray"), ("vLLM", "vllm")))
-    lengths = f"{INPUT_TOKENS} tokens in, {output_tokens} out"
+    lengths = f"{INPUT_TOKENS} tokens in, {output_tokens} out ±{VARIED:.0%}"
     return f"{Path(machine.model).name} on {machine.hardware}, {versions}, {lengths}, {time.strftime('%Y-%m-%d')}"
 
 
@@ -150,7 +150,7 @@ def draw_sweep(sweep: pd.DataFrame, slo_ms: float, machine: Machine) -> plt.Figu
         figure,
         "sweep",
         f"{answer}, and throughput {'grows up to' if knee < sweep.index[-1] else 'still grows at'} {knee}",
-        f"{setup_of(machine)}, n = 4 times the concurrency, 8 at least",
+        f"{setup_of(machine)}, n = 6 times the concurrency, 16 at least",
     )
 
 

@@ -7,6 +7,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import ray
 import requests
@@ -15,6 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.serving import MODEL_ID, URL, errors_in_logs, running_replicas
 
 INPUT_TOKENS, OUTPUT_TOKENS = 128, 64
+VARIED = 0.5  # Answers differ by up to this share. Of one length, they would end, and others begin, all at once.
 
 
 def read_metrics() -> dict[str, float]:
@@ -62,10 +64,11 @@ def start_load(
 ) -> subprocess.Popen:
     """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json.
 
-    Each answer has `output_tokens`, and each request also the fields of `extra_body`.
+    Answers have `output_tokens` on average, and each request also the fields of `extra_body`.
     """
     Path(f"build/{name}.json").unlink(missing_ok=True)
     # Another seed each time: no prompt is found in the prefix cache, but for the stand-in with its few tokens.
+    lengths = json.dumps({"input": 0, "output": VARIED})
     command = f"""vllm bench serve --backend openai-chat --base-url {URL} --endpoint /v1/chat/completions
         --model {MODEL_ID} --tokenizer {tokenizer} --dataset-name random
         --input-len {INPUT_TOKENS} --output-len {output_tokens} --num-prompts {num_prompts}
@@ -73,13 +76,14 @@ def start_load(
         --metric-percentiles 50,99 --save-result --save-detailed --result-dir build --result-filename {name}.json"""
     with open(f"build/{name}.log", "w") as log:
         extra = ["--extra-body", json.dumps(extra_body)] if extra_body else []
-        return subprocess.Popen([*command.split(), *extra], stdout=log, stderr=log)
+        return subprocess.Popen([*command.split(), "--random-range-ratio", lengths, *extra], stdout=log, stderr=log)
 
 
 def result_of(load: subprocess.Popen, name: str) -> dict:
     """Wait for the end of a load, and return its result, with the names and units of `vllm bench serve`.
 
-    Raises RuntimeError unless every request succeeded, subprocess.TimeoutExpired after a quarter of an hour.
+    TTFT's median and p99 are of the requests after the clients' first, which all arrive at once. Raises RuntimeError
+    unless every request succeeded, subprocess.TimeoutExpired after a quarter of an hour.
     """
     try:
         load.wait(timeout=900)
@@ -90,10 +94,13 @@ def result_of(load: subprocess.Popen, name: str) -> dict:
     result = json.loads(Path(f"build/{name}.json").read_text())
     if result["failed"]:
         raise RuntimeError(f"{result['failed']} requests failed: {set(result['errors'])}")
-    # To this client, a stream that breaks off has succeeded. All answers have one length.
-    lengths = result["output_lens"]
-    if short := len(lengths) - lengths.count(max(lengths)):
+    # To this client, a stream that breaks off has succeeded. It lacks the end, where the server counts the prompt's
+    # tokens, those of the chat template included.
+    if short := sum(tokens <= INPUT_TOKENS for tokens in result["input_lens"]):
         raise RuntimeError(f"{short} of {result['completed']} answers broke off. The replica's log may say why.")
+    later = np.argsort(result["start_times"])[result["max_concurrency"] :]
+    ttfts_ms = 1000 * np.array(result["ttfts"])[later]
+    result["median_ttft_ms"], result["p99_ttft_ms"] = np.percentile(ttfts_ms, [50, 99]).tolist()
     return result
 
 
@@ -117,7 +124,7 @@ def sweep_load(tokenizer: str, most: int = 256) -> pd.DataFrame:
     """
     results, concurrency, growth = {}, 1, 1.0
     while concurrency <= most and growth > 0.1:
-        result = run_load(f"sweep-{concurrency}", tokenizer, concurrency, max(8, 4 * concurrency))
+        result = run_load(f"sweep-{concurrency}", tokenizer, concurrency, max(16, 6 * concurrency))
         if running_replicas() > 1:
             print("A second replica has joined, so this point isn't one replica's, and doesn't count.")
             break

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 
 import pandas as pd
 import pytest
@@ -23,11 +24,11 @@ NUMBERS = {
     # was seen to use
     "title": f"3.1 1 4.50 60 0.34 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
     "about-config": f"3.11 3.12 {DRIVERS[CUDA]}",  # What the locks hold for
-    "monitor": "16 128 64",  # test_text_describes_the_load
+    "monitor": "16 128 32 96",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
     "about-comparison": "128 1 8,192",  # test_a_token_takes_what_the_text_says
     "levers": "96 256 32",  # test_sweep_goes_up_to_what_a_replica_works_on; the load of a record
-    "about-knee": "99 100 4 512 128 256",  # The SLO's percentile, the figure, the record's load
+    "about-knee": "99 100 4",  # The SLO's percentile, the figure
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
@@ -83,7 +84,8 @@ def test_each_number_in_the_text_is_on_record(each_notebook):
 def test_text_describes_the_load(cell):
     concurrent = re.search(r"concurrency=(\d+)", cell("load"))[1]
     assert f"keeps {concurrent} requests in flight" in cell("monitor")
-    lengths = f"random prompt of {load.INPUT_TOKENS} tokens and an answer of {load.OUTPUT_TOKENS}"
+    least, most = (load.OUTPUT_TOKENS * (1 + share) for share in (-load.VARIED, load.VARIED))
+    lengths = f"random prompt of {load.INPUT_TOKENS} tokens and an answer of {least:.0f} to {most:.0f}."
     assert lengths in cell("monitor")
 
 
@@ -158,6 +160,22 @@ def test_line_about_a_load_names_what_it_shows(monkeypatch, capsys):
     load.run_load("load", "tokenizer", 2, 9)
     line = "2 concurrent, 9 requests, 0 failed: 1,234 output tokens/s, TTFT p50 21 ms, p99 32 ms, TPOT p50 4.3 ms"
     assert capsys.readouterr().out.strip() == line
+
+
+@pytest.mark.section("Put it under load")
+def test_load_is_read_as_the_text_says(monkeypatch, tmp_path):
+    """The clients' first requests, which arrive at once, don't count as waits; a stream without an end is an error."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").mkdir()
+    ended = subprocess.Popen(["true"])
+    seen = {"failed": 0, "completed": 4, "max_concurrency": 2, "output_lens": [32, 96, 64, 40]}
+    seen |= {"start_times": [0.1, 2.0, 0.0, 3.0], "ttfts": [9, 0.02, 9, 0.04], "input_lens": [151, 151, 152, 151]}
+    (tmp_path / "build" / "load.json").write_text(json.dumps(seen))
+    result = load.result_of(ended, "load")
+    assert (result["median_ttft_ms"], result["p99_ttft_ms"]) == (pytest.approx(30), pytest.approx(39.8))
+    (tmp_path / "build" / "load.json").write_text(json.dumps(seen | {"input_lens": [151, 128, 151, 151]}))
+    with pytest.raises(RuntimeError, match="1 of 4 answers broke off"):
+        load.result_of(ended, "load")
 
 
 @pytest.mark.section("Scale with the load")
