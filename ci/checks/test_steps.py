@@ -79,6 +79,40 @@ def test_steps_together_are_the_product_of_their_ratios(steps):
     assert said in TEXT, said
 
 
+def test_both_ends_side_by_side_are_those_of_their_record(steps):
+    app, defaults = (
+        points_of("h200-default-path-varied")[name][at("128 ±50%")] for name in ("tutorial", "default-path")
+    )
+    more, first, tpot = (records.ratio(app, defaults, m) for m in ("output_tok_s", "ttft_p50_ms", "tpot_p50_ms"))
+    values = [100 * np.array([one.value, *one.interval]) for one in (more, first, tpot)]
+    said = "differ more: {:.0f} % more tokens ({:.0f} to {:.0f} %),".format(*(values[0] - 100))
+    said += " a median first token in {:.0f} % of the time ({:.0f} to {:.0f} %),".format(*values[1])
+    said += " and a TPOT {:.0f} % higher ({:.0f} to {:.0f} %).".format(*(values[2] - 100))
+    pairs = [(app, defaults), (steps[3].pair[0], steps[0].pair[1])]
+    tok_s = [[records.estimate(one, "output_tok_s").value for one in pair] for pair in pairs]
+    said += f" There, the defaults had {tok_s[0][1]:,.0f} output tokens per second, on the first step's host"
+    said += f" {tok_s[1][1]:,.0f}, and the app {tok_s[0][0]:,.0f} and {tok_s[1][0]:,.0f}."
+    assert said in TEXT, said
+    server, interactive = (
+        [records.estimate(one, f"goodput_{limits}_req_s").value for one in (app, defaults)]
+        for limits in ("server", "interactive")
+    )
+    said = f"Of {server[0]:.0f} requests per second, the app kept MLPerf's Interactive limits for all,"
+    assert (
+        f"{said} and the defaults, of {server[1]:.0f}, for {interactive[1]:.1f}." in TEXT
+        and server[0] == interactive[0]
+    )
+
+
+def test_chunks_of_eight_alone_are_within_the_noise():
+    measured = points_of("h200-default-path-in-eights")
+    pair = [measured[name][at("128 ±50%")] for name in ("default-path+stream-interval-8", "default-path")]
+    said = f"with and without it are {said_of(pair, 'output_tok_s')}, and TTFT p50 is {said_of(pair, 'ttft_p50_ms')}."
+    assert f"{said} Neither excludes 1." in TEXT, said
+    intervals = [records.ratio(*pair, metric).interval for metric in ("output_tok_s", "ttft_p50_ms")]
+    assert all(low <= 1 <= high for low, high in intervals)
+
+
 def test_reasons_for_the_steps_are_those_of_the_records(steps):
     haproxy, streaming, last = steps[0], steps[1], steps[3]
     proxies, ingresses, replicas = (haproxy.cores(kind) for kind in ("proxy actor", "ingress", "replica or API server"))
