@@ -109,7 +109,24 @@ def test_cores_of_the_default_path_are_those_of_the_records(guide):
     for kind in ("ingress", "proxy actor"):
         cores = [cores_of(one, point, kind) for one in files for point in records.by_point(one) if point != at("1")]
         said.append(f"{min(cores):.2f} to {max(cores):.2f}")
+    loads = {cell["point"]["concurrency"] for one in files for cell in one["cells"]}
+    assert sorted(loads)[:2] == [1, 32] and "from 32 concurrent requests on" in guide
     assert "the ingress takes another {} cores, and Serve's proxy {}.".format(*said) in guide.replace("\n", " "), said
+
+
+def test_what_poisson_arrivals_show_is_in_their_records(guide):
+    def both(sitting, rate):
+        measured = points_of(sitting)
+        return [measured[name][f"chat, {rate} requests/s"] for name in ("tutorial", "vllm-serve")]
+
+    p99 = records.ratio(*both("h200-poisson", 20), "ttft_p99_ms")
+    assert "TTFT p99 is a sixth lower" in guide and 1 / 7 < 1 - p99.value < 1 / 5 and p99.interval[1] < 1
+    fewer = 1 - records.ratio(*both("h200-poisson", 20), "output_tok_s").value
+    assert f"has {fewer:.0%} fewer tokens".replace("%", " %") in guide
+    for pair in both("h200-poisson", 40), both("h200-vllm-serve", 45):
+        for metric in ("ttft_p50_ms", "ttft_p99_ms", "output_tok_s"):
+            low, high = records.ratio(*pair, metric).interval
+            assert low <= 1 <= high, metric
 
 
 def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
@@ -149,6 +166,9 @@ def test_seconds_of_shorter_starts_are_those_of_the_record(guide):
     again = json.loads((records.RESULTS / "h200-starts.json").read_text())["again"]["runs"]
     assert [run["server"] for run in again] == ["tutorial", "tutorial+preloaded-imports"]
     assert "took {:.0f} s and, with it, {:.0f} s.".format(*(run["first_token_s"] for run in again)) in text
+    sooner = [runs[0]["first_token_s"] - seconds for seconds in with_imports]
+    sooner.append(again[0]["first_token_s"] - again[1]["first_token_s"])
+    assert f"sooner, by {min(sooner):.0f} to {max(sooner):.0f} s." in text, sooner
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):
