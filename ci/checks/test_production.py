@@ -133,7 +133,7 @@ def test_text_names_rays_defaults(cell):
     [drained] = {int(seconds) for seconds in re.findall(r"DRAIN_TIMEOUT_S=(\d+)", nodes)}
     assert f"with {drained} s, after {drained - allowed}." in nodes
     [deadline] = re.findall(r"say (\d+), which is more than a start and an answer", nodes)
-    # Two H200s had their first tokens after 184 s.
+    # Two H200s took 184 s to the first token.
     assert f"--deadline-remaining-seconds={deadline}\n" in nodes and int(deadline) > 184 + allowed
 
 
