@@ -64,8 +64,11 @@ def start_load(
 ) -> subprocess.Popen:
     """Start `vllm bench serve` with `concurrency` requests under way. Its result goes to build/<name>.json.
 
-    Answers have `output_tokens` on average, and each request also the fields of `extra_body`.
+    Answers have `output_tokens` on average, and each request also the fields of `extra_body`. Raises ValueError when
+    there are no more requests than `concurrency`: TTFT leaves out the clients' first.
     """
+    if num_prompts <= concurrency:
+        raise ValueError(f"num_prompts is {num_prompts}. Send more than {concurrency}, the concurrency.")
     Path(f"build/{name}.json").unlink(missing_ok=True)
     # Another seed each time: no prompt is found in the prefix cache, but for the stand-in with its few tokens.
     lengths = json.dumps({"input": 0, "output": VARIED})

@@ -176,6 +176,8 @@ def test_load_is_read_as_the_text_says(monkeypatch, tmp_path):
     (tmp_path / "build" / "load.json").write_text(json.dumps(seen | {"input_lens": [151, 128, 151, 151]}))
     with pytest.raises(RuntimeError, match="1 of 4 answers broke off"):
         load.result_of(ended, "load")
+    with pytest.raises(ValueError, match="Send more than 4, the concurrency"):
+        load.start_load("load", "", concurrency=4, num_prompts=4)
 
 
 @pytest.mark.section("Scale with the load")
