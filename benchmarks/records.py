@@ -63,7 +63,7 @@ def label(point: dict) -> str:
     return f"{point['workload']}{varied}, {load}"
 
 
-@dataclass
+@dataclass(eq=False)  # Each is itself, so that `drawn` can be cached.
 class Steady:
     """The steady state of one cell. Arrays have one entry for each request that counts."""
 
@@ -112,7 +112,8 @@ def picks(repetitions: int) -> np.ndarray:
     return np.random.default_rng(0).integers(repetitions, size=(DRAWS, repetitions))
 
 
-def drawn(cells: list[Steady], metric: str) -> tuple[float, np.ndarray]:
+@cache
+def drawn(cells: tuple[Steady, ...], metric: str) -> tuple[float, np.ndarray]:
     """A latency over all repetitions, and in each draw of the bootstrap."""
     chosen = picks(len(cells))
     name, percentile = LATENCIES[metric]
@@ -170,7 +171,7 @@ def estimate(cells: dict[int, Steady], metric: str) -> Estimate:
     if metric in RATES:
         rates = np.array([one.rates[metric] for one in steady_states])
         return Estimate(float(rates.mean()), student(rates), counted(steady_states), len(cells))
-    value, draws = drawn(steady_states, metric)
+    value, draws = drawn(tuple(steady_states), metric)
     return Estimate(value, interval(draws, len(cells)), counted(steady_states), len(cells))
 
 
@@ -187,7 +188,9 @@ def ratio(ours: dict[int, Steady], theirs: dict[int, Steady], metric: str) -> Es
         logs = student(np.log(our_rates / their_rates)) if our_rates.all() else None
         bounds = (float(np.exp(logs[0])), float(np.exp(logs[1]))) if logs else None
         return Estimate(float(our_rates.mean() / their_rates.mean()), bounds, requests, len(both))
-    (our_value, our_draws), (their_value, their_draws) = (drawn([c[i] for i in both], metric) for c in (ours, theirs))
+    (our_value, our_draws), (their_value, their_draws) = (
+        drawn(tuple(c[i] for i in both), metric) for c in (ours, theirs)
+    )
     return Estimate(our_value / their_value, interval(our_draws / their_draws, len(both)), requests, len(both))
 
 

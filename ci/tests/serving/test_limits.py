@@ -41,7 +41,7 @@ async def burst(path: str, body: dict, size: int, refused: asyncio.Event | None 
 @pytest.mark.parametrize("path, body", [("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)])
 def test_no_burst_is_refused_while_there_is_room(served, path, body, size):
     """The first of these bursts meets a replica that has just started."""
-    for _ in range(10):
+    for _ in range(5):
         answers = asyncio.run(burst(path, body, size))
         assert Counter(status for status, _, _ in answers) == {200: size}
 
@@ -71,7 +71,7 @@ def test_request_without_a_stream_runs_to_its_end_when_its_client_leaves(served)
     wait_for(lambda: not metric("ray_vllm_num_requests_running"), "end of the requests before")
     time.sleep(5)  # Until the last of them is reported
     ended = metric("ray_vllm_request_success_total")
-    long = {**COMPLETION, "max_tokens": 4000, "ignore_eos": True}
+    long = {**COMPLETION, "max_tokens": 2000, "ignore_eos": True}
 
     def give_up(_: int) -> None:
         with pytest.raises(requests.ReadTimeout):
@@ -96,7 +96,7 @@ def test_more_than_a_replica_admits_is_told_to_come_back(served, cell, quoted):
             await asyncio.sleep(1)
 
     async def overload():
-        long = COMPLETION | {"max_tokens": 256, "ignore_eos": True}
+        long = COMPLETION | {"max_tokens": 128, "ignore_eos": True}
         refused = asyncio.Event()
         at_once = asyncio.create_task(burst("/v1/completions", long, accepted + 80, refused))
         watch = asyncio.create_task(watch_autoscaler(at_once))
