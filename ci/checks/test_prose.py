@@ -10,6 +10,7 @@ import yaml
 from ray.util.accelerators import accelerators
 
 from ci.common import NOTEBOOKS, ROOT, pinned, read_notebook
+from ci.tools.record import outputs, read_records
 from support import figures, load
 from support.load import knee_of
 from support.machine import MEMORY_GIB, Machine
@@ -186,9 +187,10 @@ def test_autoscaling_target_is_said_once(cell):
     delay = re.search(r'\["downscale_delay_s"\] = (\d+)', (ROOT / "records" / "app.py").read_text())[1]
     assert f"whose app ends a replica after {delay} s" in cell("about-autoscaling")
     assert f"target={target})" in cell("autoscale")
-    assert f"default of {target} is half the H200's" in cell("about-autoscaling")
-    kept = re.findall(r"^ *(\d+) concurrent.* p99 (\d+) ms", cell("sweep-recorded"), flags=re.M)
-    assert max(int(concurrent) for concurrent, p99_ms in kept if int(p99_ms) <= 500) == 2 * int(target)
+    assert f"default of {target} suits both H200 runs" in cell("about-autoscaling")
+    for sweep in cell("sweep-recorded"), outputs(read_records()["two-h200s"], "sweep")[0]:
+        kept = re.findall(r"^ *(\d+) concurrent.* p99 (\d+) ms", sweep, flags=re.M)
+        assert max(int(concurrent) for concurrent, p99_ms in kept if int(p99_ms) <= 500) >= int(target)
 
 
 def test_each_figure_is_drawn_and_shown_where_it_is_spoken_of(notebook, cell):
