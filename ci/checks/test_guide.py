@@ -44,6 +44,7 @@ def test_tables_of_the_records_are_theirs(guide):
     tables = guide.partition("| Sitting | Beside | Concurrent |")[2].split("| Sitting | Beside | Load |")
     names, rows, found = {server: name.lower() for name, server in SERVERS.items()}, [], []
     names |= {"default-path": "default path", "tutorial+stream-interval-1": "`stream_interval=1`"}
+    names["vllm-serve+api-servers-2"] = "`vllm serve`, two API servers"
     for number, table in enumerate(tables):
         table = table.partition("\n\n")[0]
         for row in re.findall(r"^\| `([\w-]+)` \| (.+?) \| ([\w /±%]+) \| (.+: .+) \| (.+) \|$", table, flags=re.M):
@@ -57,7 +58,7 @@ def test_tables_of_the_records_are_theirs(guide):
             rows.append(row)
             beside = names[servers[1]["server"]]
             found.append((sitting, beside, load, *((said_of(pair, "output_tok_s"), cores), first_token)[number]))
-    assert len(rows) == 26
+    assert len(rows) == 33
     assert rows == found, "\n".join("| `{}` | {} | {} | {} | {} |".format(*row) for row in found)
 
 
@@ -129,6 +130,15 @@ def test_what_poisson_arrivals_show_is_in_their_records(guide):
         for metric in ("ttft_p50_ms", "ttft_p99_ms", "output_tok_s"):
             low, high = records.ratio(*pair, metric).interval
             assert low <= 1 <= high, metric
+    fast = both("h200-vllm-serve-8-and-50", 50)
+    first, slowest, pace = (records.ratio(*fast, metric) for metric in ("ttft_p50_ms", "ttft_p99_ms", "tpot_p50_ms"))
+    assert first.claimed and pace.claimed and not slowest.claimed and slowest.repetitions == 8
+    said = (
+        f"its median first token comes {100 * (1 - first.value):.0f} % sooner, its TPOT is a fifth lower, and the p99"
+    )
+    assert said in guide.replace("\n", " ") and 0.77 < pace.value < 0.83, said
+    most = records.estimate(points_of("h200-varied-lengths-256")["tutorial"][at("256 ±50%")], "goodput_server_req_s")
+    assert "At 50, nine tenths of what" in guide and 0.88 < 50 / most.value < 0.92
 
 
 def test_cost_of_an_engine_of_two_processes_is_that_of_its_record(guide):
@@ -172,6 +182,10 @@ def test_seconds_of_shorter_starts_are_those_of_the_record(guide):
         assert f"{without:.0f} s and, with it, {with_it:.0f} s" in text
         sooner.append(without - with_it)
     assert f"sooner, by {min(sooner):.0f} to {max(sooner):.0f} s." in text, sooner
+    fifth = json.loads((records.RESULTS / "h200-starts.json").read_text())["fifth_host"]["runs"]
+    assert [(run["server"], run["caches"]) for run in fifth] == [("tutorial", "kept"), ("vllm-serve", "empty")]
+    said = "the app took {:.0f} s, with its cache kept, and `vllm serve` {:.0f} s with an empty one."
+    assert said.format(*(run["first_token_s"] for run in fifth)) in text, fifth
 
 
 def test_cores_of_the_machine_are_those_of_the_records(guide):
