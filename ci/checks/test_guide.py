@@ -137,6 +137,8 @@ def test_what_poisson_arrivals_show_is_in_their_records(guide):
         f"its median first token comes {100 * (1 - first.value):.0f} % sooner, its TPOT is a fifth lower, and the p99"
     )
     assert said in guide.replace("\n", " ") and 0.77 < pace.value < 0.83, said
+    app, other = (records.estimate(cells, "goodput_server_req_s").value for cells in fast)
+    assert f"`vllm serve` answered {other:.1f} in its steady states and the app {app:.1f}" in guide.replace("\n", " ")
     most = records.estimate(points_of("h200-varied-lengths-256")["tutorial"][at("256 ±50%")], "goodput_server_req_s")
     assert "At 50, nine tenths of what" in guide and 0.88 < 50 / most.value < 0.92
 
