@@ -234,13 +234,24 @@ def test_profile_is_that_of_its_record():
         rows.append(f"| {names[one['server']]}, {one['process']} | {whole} |{of_that and ' ' + of_that} |")
     table = (ROOT / "benchmarks" / "README.md").read_text().partition("| Process | holds the GIL, of the time |")[2]
     assert table.partition("\n\n")[0].splitlines()[2:] == rows, "\n".join(rows)
+    assert "--duration 15" in profile["source"] and "--concurrency 128 --range-ratio 0.4" in profile["source"]
+    assert "in each process in 15 s, at 128 requests whose lengths vary by 40 %" in TEXT
+    shares = [
+        one["held_gil"] / profile["samples"]
+        for one in profile["processes"]
+        if one["process"] in ("replica", "API server")
+    ]
+    assert "equally long, a quarter of the time" in TEXT and shares == pytest.approx([0.25, 0.25], abs=0.02)
+
+
+def late_of(cells: dict[int, records.Steady]) -> list[np.ndarray]:
+    """Of each repetition, which requests waited more than 2.5 times as long as the median for their first token."""
+    return [np.flatnonzero(one.ttft_ms > 2.5 * np.median(one.ttft_ms)) for one in cells.values()]
 
 
 def test_late_first_tokens_beside_two_api_servers_are_those_of_the_record():
     loads = [pair("h200-api-servers", at(f"{load} ±50%")) for load in (128, 256)]
-    late = [
-        [np.flatnonzero(one.ttft_ms > 2.5 * np.median(one.ttft_ms)) for one in cells.values()] for cells in loads[0]
-    ]
+    late = [late_of(cells) for cells in loads[0]]
     counts = sorted(len(some) for some in late[0])
     said = f"in three of five repetitions at 128, {counts[2]} to {counts[4]} of some 320 requests waited"
     assert said in TEXT and counts[:2] == [0, 0] and not sum(len(some) for some in late[1]), counts
@@ -251,8 +262,7 @@ def test_late_first_tokens_beside_two_api_servers_are_those_of_the_record():
     ):
         found = []
         for cells in pair(sitting, point):
-            found.append(sum(int((one.ttft_ms > 2.5 * np.median(one.ttft_ms)).sum()) for one in cells.values()))
-            found.append(sum(len(one.ttft_ms) for one in cells.values()))
+            found += [sum(map(len, late_of(cells))), sum(len(one.ttft_ms) for one in cells.values())]
         assert said.format(*found) in TEXT, found
     for some in late[0]:  # "nearly all of them one after another"
         assert not len(some) or np.median(np.diff(some)) == 1 and (np.diff(some) < 5).mean() > 0.9
